@@ -1,0 +1,254 @@
+"""The configuration: one typed, frozen tree. Defaults (the embedded digits demo) < YAML file < command line.
+
+Every problem is a `ConfigError` whose message is one sentence naming field, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tdiff.diffusion.condition import CONDITIONS
+from tdiff.tree.model import TreeSpec
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence for the user."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    name: Literal["digits"] = Field("digits", description="data set to pack, if `url` holds none yet")
+    url: str | None = Field(None, description="folder of the shards, local or s3://; default: RUNS/data/NAME")
+    shard_samples: int = Field(500, ge=1, description="images per shard when packing")
+
+
+class Epochs(Section):
+    initial: int = Field(60, ge=1, description="epochs of the root with two leaves")
+    split: int = Field(60, ge=1, description="epochs of each split, on the leaf's images")
+    refit: int = Field(15, ge=0, description="epochs of the whole tree after every third split; 0: no refits")
+    final: int = Field(30, ge=1, description="epochs of the whole tree at the end")
+
+
+class Tree(Section):
+    encoder: Literal["cnn1", "cnn2"] = "cnn1"
+    likelihood: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="bernoulli: grey, gaussian: colour")
+    features: int = Field(7, ge=2, description="bottom-up features; nodes go down to depth features - 1")
+    latent_channels: int = Field(16, ge=1, description="D, channels of every latent")
+    feature_channels: int = Field(32, ge=8, description="C, channels of the bottom-up features")
+    size: int = Field(2, ge=1, description="r, height and width of latents and features")
+    residual: bool = Field(False, description="shortcuts round the three convs of a block")
+    max_leaves: int = Field(10, ge=2, description="K, effective leaves at which growing stops")
+    batch: int = Field(128, ge=2, description="images per step over all slots")
+    slots: int = Field(2, ge=1, description="S, parts of a batch with batch norm of their own; workers divide S")
+    epochs: Epochs = Epochs()
+    kl_start: float = Field(0.0, ge=0, le=1, description="alpha in the first epoch of a phase")
+    kl_step: float = Field(0.001, ge=0, description="added to alpha every epoch, up to 1")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-5, ge=0, description="L2 in the loss")
+    decay_every: int = Field(100, ge=1, description="epochs between decays of the learning rate by 10")
+    refit_every: int = Field(3, ge=1, description="splits between refits")
+    checkpoint_images: int = Field(500_000, ge=1, description="images between resume checkpoints of a phase")
+
+
+class Diffusion(Section):
+    images: int = Field(250_000, ge=1, description="how many images to train on, repeats counted")
+    condition: str = Field("path", description="what the U-Net is told")
+    node_encoding: Literal["index", "embedding"] = "embedding"
+    objective: Literal["noise", "v"] = "noise"
+    timesteps: int = Field(1000, ge=2, description="T")
+    width: int = Field(32, ge=8)
+    multipliers: tuple[int, ...] = Field((1, 2), min_length=1)
+    attention: tuple[int, ...] = Field((4,), description="feature resolutions with attention")
+    heads: int = Field(4, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    condition_dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained with the null condition")
+    batch: int = Field(128, ge=1, description="images per step over all slots")
+    slots: int = Field(2, ge=1, description="S, parts of a batch; workers divide S")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_images: int = Field(10_000, ge=0, description="images over which the learning rate rises from 0")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.1, gt=0, lt=0.28, description="relative width (sigma_rel) of the power-function EMA")
+    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    checkpoint_images: int = Field(50_000, ge=1, description="images between resume checkpoints")
+
+
+class Samples(Section):
+    per_leaf: int = Field(100, ge=1, description="images drawn for every leaf's grid")
+    draws: int = Field(1500, ge=2, description="images drawn from the prior for the sample-quality numbers")
+    draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
+    steps: int = Field(50, ge=1, description="points of the DDIM grid")
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    grid: Literal["quadratic", "uniform"] = "quadratic"
+    batch: int = Field(250, ge=1, description="images per shard, drawn in one batch")
+
+
+class Config(Section):
+    name: str | None = Field(None, description="run folder below `runs`; default: derived from the config")
+    runs: str = Field("runs", description="root folder of all runs, local or s3://")
+    seed: int = Field(0, ge=0)
+    workers: int = Field(2, ge=1, description="Ray workers at most; each stage takes a divisor of its slots")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of stage 2; auto: bf16 where it is fast")
+    tracking: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the runs folder")
+    data: Data = Data()
+    tree: Tree = Tree()
+    diffusion: Diffusion = Diffusion()
+    samples: Samples = Samples()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        for stage, section in (("tree", self.tree), ("diffusion", self.diffusion)):
+            if section.batch % section.slots:
+                raise ValueError(
+                    f"{stage}.batch={section.batch} cannot be divided into {stage}.slots={section.slots} equal "
+                    f"parts: take a multiple of {section.slots}, such as {stage}.batch="
+                    f"{max(section.slots, section.batch // section.slots * section.slots)}"
+                )
+        if self.tree.batch // self.tree.slots < 2:
+            raise ValueError(
+                f"tree.batch={self.tree.batch} leaves one image in each of tree.slots={self.tree.slots} slots, and "
+                f"batch norm needs two: take tree.batch={2 * self.tree.slots} or more"
+            )
+        deepest = 2 ** (self.tree.features - 1)
+        if self.tree.max_leaves > deepest:
+            needed = math.ceil(math.log2(self.tree.max_leaves)) + 1
+            raise ValueError(
+                f"tree.max_leaves={self.tree.max_leaves} is more than the {deepest} leaves that tree.features="
+                f"{self.tree.features} allow: take tree.features={needed} or more"
+            )
+        if self.diffusion.condition not in CONDITIONS:
+            raise ValueError(
+                f"diffusion.condition={self.diffusion.condition!r} is not known: take one of {', '.join(CONDITIONS)}"
+            )
+        if self.samples.steps > self.diffusion.timesteps:
+            raise ValueError(
+                f"samples.steps={self.samples.steps} is more than diffusion.timesteps={self.diffusion.timesteps}: "
+                f"take at most {self.diffusion.timesteps}"
+            )
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 over all that results depend on; not over names, places, workers or logging."""
+        raw = self.model_dump(
+            mode="json",
+            exclude={
+                "name": True,
+                "runs": True,
+                "workers": True,
+                "tracking": True,
+                "data": {"url"},
+                "tree": {"checkpoint_images"},
+                "diffusion": {"checkpoint_images"},
+            },
+        )
+        return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run_name(self) -> str:
+        return self.name or f"{self.data.name}-{self.digest()[:8]}"
+
+    def tree_spec(self, channels: int, image_size: int) -> TreeSpec:
+        """The TreeVAE's shape for images of [channels, image_size, image_size]."""
+        names = ("encoder", "likelihood", "features", "latent_channels", "feature_channels", "size", "residual")
+        return TreeSpec(channels, image_size, **self.tree.model_dump(include=set(names)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """`field: value here, value there` for every field in which two configs differ."""
+    a, b = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
+    return [f"{key}: {a[key]} here, {b.get(key)} there" for key in a if a[key] != b.get(key)]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted names -> values, as for the command line."""
+    return _flat(config.model_dump(mode="json"))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def description(name: str) -> str | None:
+    """What the setting with a dotted name means, where it needs saying."""
+    section: type[BaseModel] = Config
+    *parents, last = name.split(".")
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return section.model_fields[last].description
+
+
+def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file (None: the defaults) and applies `a.b=c` overrides. Raises ConfigError."""
+    raw: Any = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1)
+            hint = f"did you mean {file.parent / near[0]}?" if near else "name a YAML file, or none for the demo."
+            raise ConfigError(f"CONFIG {path} does not exist: {hint}")
+        try:
+            raw = yaml.safe_load(file.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"CONFIG {path} is not YAML: {reason}.") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"CONFIG {path} holds a {type(raw).__name__}, not `key: value` lines.")
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{item!r} is neither a CONFIG file nor a setting: write settings as a.b=c.")
+        try:
+            parsed = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}={value!r} cannot be read as a value: quote it.") from error
+        section = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key} is not a setting: {parent} is a value, not a section.")
+        section[last] = parsed
+    return validated(raw)
+
+
+def validated(raw: dict[str, Any]) -> Config:
+    """A Config from nested dicts. Raises ConfigError, one sentence about the first problem."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a ValidationError as: field, value, remedy."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(flat(Config()))
+        names = known + sorted({key.rpartition(".")[0] for key in known if "." in key})
+        near = difflib.get_close_matches(field, names, 1, 0.4)
+        by_last = [name for name in names if name.rpartition(".")[2] == field.rpartition(".")[2]]
+        hint = (by_last + near)[:1]
+        return f"{field} is not a known setting" + (f": did you mean {hint[0]}?" if hint else ".")
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]) + "."
+    remedy = first["msg"].replace("Input should be", "it should be").replace("Value should", "it should")
+    return f"{field}={first['input']!r} cannot be used: {remedy[0].lower()}{remedy[1:]}."

@@ -1,0 +1,1 @@
+"""Images: sources, shards with their manifest, the order (pure functions), the reader."""

@@ -1,0 +1,30 @@
+"""PNG, the lossless format of every image that this project writes.
+
+Legend: I channels, H, W image size.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def png_image(png: bytes, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
+    """PNG bytes -> uint8 [I, H, W]. Raises ValueError if it is no grey or RGB PNG, or not of the shape."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
+        channels = {"L": 1, "RGB": 3}.get(picture.mode)
+        found = (channels, picture.height, picture.width)
+        if channels is None or (shape is not None and found != shape):
+            raise ValueError(f"image is {picture.mode} {found[1]}x{found[2]}, but should be {shape or 'grey or RGB'}")
+        pixels = np.asarray(picture)
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
+
+
+def png_bytes(image: NDArray[np.uint8]) -> bytes:
+    """uint8 [I, H, W] -> PNG bytes."""
+    out = io.BytesIO()
+    Image.fromarray(image[0] if image.shape[0] == 1 else np.moveaxis(image, 0, -1)).save(out, "png")
+    return out.getvalue()

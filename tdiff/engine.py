@@ -1,0 +1,422 @@
+"""The one training loop, for both stages. It knows no tree and no diffusion.
+
+A stage hands over a `Task`: an objective, its batches, its schedule. The loop, per step:
+
+    for each of this worker's slots: batch -> loss -> backward     (slots s = rank mod workers)
+    average over the slots: a finite loss?, metrics, batch-norm statistics
+    update: clip, learning rate, optimizer, EMA
+    now and then: metrics, a resume checkpoint
+
+A global batch is `slots` fixed parts, so what a step computes does not depend on how many workers share
+them. State is a function of progress: batches and random draws follow from (seed, phase, step, slot), so a
+checkpoint is weights, optimizer moments, EMA and the step.
+
+Two back-ends with one interface: DeepSpeed (ZeRO, in a process group) and plain PyTorch (one process).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tdiff.seeds import generator, seed_of
+from tdiff.tracking import MetricParts
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite; the message says at which step and in which term."""
+
+
+class Worker(Protocol):
+    """This process's place among the workers, and where its resume checkpoints go."""
+
+    rank: int
+    world: int
+
+    def restored(self) -> Path | None:
+        """Local folder of the checkpoint to go on from, if there is one."""
+
+    def keep(self, directory: Path) -> None:
+        """Makes a checkpoint durable; called by all workers, each with a folder of its own files."""
+
+
+class Averager(Protocol):
+    """Keeps averages of tensors over training (an EMA)."""
+
+    def update(self, step: int) -> None: ...
+
+    averages: list[Tensor]
+
+
+class StepNorm(Protocol):
+    """A batch norm whose running statistics move once a step (`tdiff.tree.layers.SlotBatchNorm`)."""
+
+    slot_mean: Tensor
+    slot_var: Tensor
+
+    def move_running_statistics(self) -> None: ...
+
+
+@dataclass
+class Task:
+    """What a stage trains. Progress is counted in steps of `batch_size` images."""
+
+    phase: str
+    objective: nn.Module
+    """forward(batch, step, rng) -> (loss, {metric: scalar tensor}); trains its parameters that require gradients."""
+    batch: Callable[[int, int], Batch]
+    """(step, slot) -> the tensors of that slot."""
+    steps: int
+    batch_size: int
+    slots: int
+    seed: int
+    learning_rate: Callable[[int], float]
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    zero: int = 0
+    autocast: bool = False
+    """bf16 autocast over fp32 weights."""
+    checkpoint_images: int = 500_000
+    norms: Iterable[StepNorm] = ()
+    average: Callable[[list[Tensor]], Averager] | None = None
+    metrics_url: str | None = None
+    log_every: int = 10
+
+
+class Backend(Protocol):
+    """How gradients become an update."""
+
+    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def update(self, learning_rate: float) -> float: ...
+    def masters(self) -> list[Tensor]: ...
+    def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]: ...
+    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None: ...
+    def save(self, directory: Path) -> None: ...
+    def load(self, directory: Path) -> None: ...
+
+
+def _trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+class PlainBackend:
+    """One process, no DeepSpeed: for machines with nothing else, and for fast tests."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.parameters = _trainable(task.objective)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
+
+    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.task.autocast):
+            loss, metrics = self.task.objective(batch, step, rng)
+        (loss / self.task.slots).backward()
+        return loss.detach(), metrics
+
+    def update(self, learning_rate: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.task.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def masters(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters.values()]
+
+    def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, averages, strict=True))
+
+    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
+        for name, average in zip(self.parameters, averages, strict=True):
+            average.copy_(full[name])
+
+    def save(self, directory: Path) -> None:
+        state = {"objective": self.task.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, directory / "plain.pt")
+
+    def load(self, directory: Path) -> None:
+        # A resume checkpoint of one's own run; weights_only all the same.
+        state = torch.load(directory / "plain.pt", weights_only=True, map_location="cpu")
+        self.task.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class DeepSpeedBackend:
+    """A DeepSpeed engine in the process group that is already up (Ray Train's)."""
+
+    def __init__(self, task: Task, world: int):
+        deepspeed = _import_deepspeed()
+        self.task = task
+        self.parameters = _trainable(task.objective)
+        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
+        settings: dict[str, Any] = {
+            "train_batch_size": task.batch_size,
+            "train_micro_batch_size_per_gpu": task.batch_size // task.slots,
+            "gradient_accumulation_steps": task.slots // world,
+            "gradient_clipping": task.clip,
+            "zero_optimization": {"stage": task.zero},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+        }
+        if task.autocast:
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        self.engine, *_ = deepspeed.initialize(
+            model=task.objective,
+            model_parameters=list(self.parameters.values()),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+
+    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.engine(batch, step, rng)
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # only counts the micro-step
+        return loss.detach(), metrics
+
+    def update(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that this worker's optimizer moves: its partition, or without ZeRO every parameter."""
+        if self.task.zero == 0:
+            return [p.detach() for p in self.parameters.values()]
+        if self.task.zero == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.task.zero == 0:
+            return dict(zip(self.parameters, averages, strict=True))
+        masters = self.masters()
+        # DeepSpeed gathers masters by name; so let the averages stand in their place while it does.
+        kept = [master.detach().clone() for master in masters]
+        try:
+            for master, average in zip(masters, averages, strict=True):
+                master.data.copy_(average)
+            return {name: safe_get_full_fp32_param(p).clone() for name, p in self.parameters.items()}
+        finally:
+            for master, value in zip(masters, kept, strict=True):
+                master.data.copy_(value)
+
+    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if self.task.zero == 0:
+            for name, average in zip(self.parameters, averages, strict=True):
+                average.copy_(full[name])
+            return
+        masters = self.masters()
+        kept = [master.detach().clone() for master in masters]
+        for name, parameter in self.parameters.items():
+            safe_set_full_fp32_param(parameter, full[name])
+        for master, average, value in zip(masters, averages, kept, strict=True):
+            average.copy_(master.data)
+            master.data.copy_(value)
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(directory), tag="deepspeed")
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load the resume checkpoint in {directory}")
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without the half minute in which it would compile an op that training on CPUs never calls."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # DeepSpeed's autotuner imports MLflow if it can (1.1 of 1.3 s); workers use neither.
+    hide_mlflow = "mlflow" not in sys.modules
+    if hide_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+        import deepspeed.comm
+        import deepspeed.ops
+    finally:
+        if hide_mlflow:
+            del sys.modules["mlflow"]
+
+    if not torch.cuda.is_available():
+        # Only inference collectives use it; init_distributed would build it whenever a compiler is there.
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+def average_over_workers(values: list[Tensor], world: int) -> None:
+    """Means over the workers, in place, in one collective for all tensors."""
+    if world == 1 or not values:
+        return
+    flat = torch.cat([value.reshape(-1).float() for value in values])
+    dist.all_reduce(flat)
+    flat /= world
+    for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
+        value.copy_(part.view_as(value))
+
+
+@dataclass
+class Outcome:
+    """What training leaves: averaged weights by name (empty without an EMA), and where the time went."""
+
+    averages: dict[str, Tensor]
+    seconds: dict[str, float]
+    """Seconds spent on setup, train, and of the latter on data and checkpoint."""
+    first_step_at: float
+    """Unix time before the first step, and after the last one."""
+    last_step_at: float
+
+
+def train(task: Task, worker: Worker) -> Outcome:
+    """Trains to the end, going on from the worker's checkpoint if it has one. Called by all workers alike.
+
+    Raises ValueError if the workers cannot share the slots evenly, NonFiniteError on a loss that is not finite.
+    """
+    if task.slots % worker.world:
+        raise ValueError(f"{task.slots} slots cannot be shared evenly by {worker.world} workers")
+    started = time.monotonic()
+    backend: Backend
+    if dist.is_available() and dist.is_initialized():
+        backend = DeepSpeedBackend(task, worker.world)
+    else:
+        backend = PlainBackend(task)
+    average = task.average(backend.masters()) if task.average else None
+    norms = list(task.norms)
+    parts = MetricParts(task.metrics_url if worker.rank == 0 else None)
+
+    first = _restore(task, backend, average, worker)
+    parts.drop_beyond(first)
+    checkpoint_steps = max(1, task.checkpoint_images // task.batch_size)
+    seconds = dict.fromkeys(("setup", "data", "checkpoint", "train"), 0.0)
+    seconds["setup"] = time.monotonic() - started
+    first_step_at = time.time()
+    device = next(task.objective.parameters()).device
+    sums: dict[str, float] = defaultdict(float)
+    counted = 0
+    shown = time.monotonic()
+
+    for step in range(first, task.steps):
+        losses, metrics = [], defaultdict[str, list[Tensor]](list)
+        for slot in range(worker.rank, task.slots, worker.world):
+            clock = time.monotonic()
+            batch = task.batch(step, slot)
+            seconds["data"] += time.monotonic() - clock
+            torch.manual_seed(seed_of("dropout", task.seed, task.phase, step, slot))
+            rng = generator("loss", task.seed, task.phase, step, slot, device=device)
+            loss, terms = backend.backward(batch, step, rng)
+            losses.append(loss)
+            for name, value in terms.items():
+                metrics[name].append(value.detach())
+
+        # One collective a step: is every worker's loss finite, metrics, batch-norm statistics.
+        scalars = torch.stack([torch.stack(v).mean() for v in (losses, *metrics.values())])
+        average_over_workers([scalars, *(s for norm in norms for s in (norm.slot_mean, norm.slot_var))], worker.world)
+        values = dict(zip(("loss", *metrics), scalars.tolist(), strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(f"{task.phase}, step {step}: {', '.join(bad)} not finite; the last checkpoint is kept")
+        for norm in norms:
+            norm.move_running_statistics()
+
+        rate = task.learning_rate(step)
+        values["grad_norm"] = backend.update(rate)
+        if average is not None:
+            average.update(step + 1)
+
+        done = step + 1
+        counted += 1
+        for name, value in values.items():
+            sums[name] += value
+        keep = done % checkpoint_steps == 0 and done < task.steps
+        if done % task.log_every == 0 or keep or done == task.steps:
+            line = {name: total / counted for name, total in sums.items()}
+            parts.add(step=done, images=done * task.batch_size, learning_rate=rate, **line)
+            sums.clear()
+            counted = 0
+            if worker.rank == 0 and time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                _show_progress(task, first, done, line["loss"], shown - started - seconds["setup"])
+        if keep:
+            clock = time.monotonic()
+            parts.write(done)
+            _save(backend, average, worker, done)
+            seconds["checkpoint"] += time.monotonic() - clock
+
+    parts.write(task.steps)
+    seconds["train"] = time.monotonic() - started - seconds["setup"]
+    last_step_at = time.time()
+    averages = backend.gathered(average.averages) if average is not None else {}
+    return Outcome(averages, seconds, first_step_at, last_step_at)
+
+
+def _show_progress(task: Task, first: int, done: int, loss: float, seconds: float) -> None:
+    left = seconds / (done - first) * (task.steps - done)
+    rate = (done - first) * task.batch_size / seconds
+    print(
+        f"{task.phase}: step {done}/{task.steps}  loss {loss:.4g}  {rate:.0f} images/s  {left:.0f} s left",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _save(backend: Backend, average: Averager | None, worker: Worker, step: int) -> None:
+    """A resume checkpoint: weights and moments by the back-end, the EMA as full named fp32 tensors, the step."""
+    full = backend.gathered(average.averages) if average is not None else {}
+    with TemporaryDirectory(prefix="tdiff-checkpoint-") as folder:
+        directory = Path(folder)
+        backend.save(directory)
+        if worker.rank == 0:
+            if full:
+                save_file(
+                    {name: tensor.cpu().contiguous() for name, tensor in full.items()}, directory / "ema.safetensors"
+                )
+            (directory / "progress.json").write_text(json.dumps({"step": step, "world": worker.world}))
+        worker.keep(directory)
+
+
+def _restore(task: Task, backend: Backend, average: Averager | None, worker: Worker) -> int:
+    """Goes back to the worker's checkpoint, if it has one: the number of steps already done."""
+    directory = worker.restored()
+    if directory is None:
+        return 0
+    progress = json.loads((directory / "progress.json").read_text())
+    if progress["world"] != worker.world:
+        raise RuntimeError(
+            f"{task.phase} has a checkpoint of {progress['world']} workers and cannot go on with {worker.world}: "
+            f"set workers={progress['world']}"
+        )
+    backend.load(directory)
+    if average is not None:
+        backend.scatter(average.averages, load_file(directory / "ema.safetensors"))
+    step: int = progress["step"]
+    return step

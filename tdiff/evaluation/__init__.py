@@ -1,0 +1,1 @@
+"""How good a run is: clusterings, Fréchet distances, cluster specificity, controls. Pure functions, no files."""

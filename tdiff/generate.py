@@ -1,0 +1,55 @@
+"""python -m tdiff.generate RUN: distributed sampling into shards and a picture grid."""
+
+from __future__ import annotations
+
+import time
+
+from tdiff import cli, launch, results, storage
+from tdiff.cli import console
+from tdiff.config import ConfigError
+from tdiff.runs import Run
+from tdiff.work.sampling import MODES
+
+
+def main() -> None:
+    parser = cli.parser("generate", "Draws samples of a trained run. Started again, it draws only what is missing.")
+    parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
+    parser.add_argument("--mode", default="sample", help=f"one of: {', '.join(MODES)} (default: sample)")
+    parser.add_argument("--num", type=int, help="draws, or test images to reconstruct (default: samples.per_leaf)")
+    parser.add_argument("--leaf", type=int, help="index of the leaf to draw (default: by the tree's probabilities)")
+    parser.add_argument("--steps", type=int, help="points of the sampler's grid of time steps")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm"), help="default: the run's samples.sampler")
+    parser.add_argument("--seed", type=int, help="default: the run's")
+    parser.add_argument("--batch", type=int, help="images per shard; part of what a sample depends on")
+    parser.add_argument("--workers", type=int, help="Ray workers (default: the run's)")
+    parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
+    arguments = parser.parse_args()
+    run = Run(storage.absolute(arguments.run))
+    settings = {key: getattr(arguments, key) for key in ("mode", "num", "leaf", "steps", "sampler", "seed", "batch")}
+    name = arguments.out or "-".join([f"{k}={v}" for k, v in settings.items() if v is not None])
+    if "/" in name:
+        raise ConfigError(f"--out={name} is no plain name: it becomes a folder below RUN/samples.")
+    workers = arguments.workers if arguments.workers is not None else run.config().workers
+    if workers < 1:
+        raise ConfigError(f"--workers={workers} cannot be used: take 1 or more.")
+    launch.check_workers(workers)
+    job = results.sample_job(run, name, **settings)
+    started = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        seconds = time.monotonic() - started
+        rate = done * job.draws_per_shard * job.images_per_draw / seconds
+        console.print(f"shard {done}/{total}  {rate:.1f} images/s  {seconds / done * (total - done):.0f} s left")
+
+    if results.unfinished({name: job}):
+        launch.connect(workers)
+        try:
+            results.draw({name: job}, workers, progress)
+        finally:
+            launch.disconnect()
+    count = job.num * job.images_per_draw
+    console.print(f"{count} images in {job.url}  (grid.png; {time.monotonic() - started:.1f} s)")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

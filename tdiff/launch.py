@@ -1,0 +1,157 @@
+"""Ray: connect, train on workers, map over actors. The only module that knows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported: the usage report needs the internet, and tasks of a private cluster no token.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# A local cluster is another process group's target otherwise: its address is found in a shared folder.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
+import ray.exceptions
+
+from tdiff.config import ConfigError
+
+
+def check_workers(workers: int) -> None:
+    """Raises ConfigError if this machine, where no cluster is named, has fewer CPUs than workers."""
+    cpus = len(os.sched_getaffinity(0))
+    if not os.environ.get("RAY_ADDRESS") and workers > cpus:
+        raise ConfigError(f"workers={workers} is more than this machine's {cpus} CPUs: take workers={cpus}.")
+
+
+def connect(workers: int) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as in a Ray job), or starts a local one, unless that is done.
+
+    Raises ConfigError if it has fewer CPUs than workers.
+    """
+    check_workers(workers)
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            include_dashboard=True,  # without it Ray Train's cleaner warns many times a second
+            logging_level=logging.WARNING,
+        )
+    available = int(ray.cluster_resources().get("CPU", 0))
+    if workers > available:
+        raise ConfigError(f"workers={workers} is more than the cluster's {available} CPUs: take workers={available}.")
+
+
+def disconnect() -> None:
+    """Leaves the cluster; a local one ends."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def uses_gpus() -> bool:
+    """Whether the cluster has GPUs: then every worker gets one."""
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+@dataclass
+class TrainWorker:
+    """A Ray Train worker, as the loop sees it (`tdiff.engine.Worker`)."""
+
+    rank: int
+    world: int
+
+    def restored(self) -> Path | None:
+        from ray import train
+
+        checkpoint = train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        folder = Path(tempfile.mkdtemp(prefix="tdiff-restored-"))
+        return Path(checkpoint.to_directory(str(folder)))
+
+    def keep(self, directory: Path) -> None:
+        from ray import train
+
+        train.report({}, checkpoint=train.Checkpoint.from_directory(str(directory)))
+        # report() returns before the controller has registered the checkpoint: wait, so that it counts.
+        train.get_all_reported_checkpoints()
+
+
+def fit(function: Callable[[Any, TrainWorker], None], argument: Any, workers: int, url: str) -> None:
+    """Runs `function(argument, worker)` as one Ray Train job of `workers`, with its resume checkpoints in `url`.
+
+    A job started again under the same url goes on from its last checkpoint. Raises the worker's own error.
+    """
+    from ray import train
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    def loop(config: dict[str, Any]) -> None:
+        context = train.get_context()
+        config["function"](config["argument"], TrainWorker(context.get_world_rank(), context.get_world_size()))
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"function": function, "argument": argument},
+        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=uses_gpus()),
+        run_config=train.RunConfig(
+            name="checkpoints",
+            storage_path=url,
+            failure_config=train.FailureConfig(max_failures=3),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        causes = list(getattr(error, "worker_failures", {}).values())
+        raise (causes[0] if causes else error) from error
+
+
+def map_on_actors(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int, attempts: int = 3
+) -> Iterator[tuple[int, Any]]:
+    """Yields (index of the task, function(*task)) as they finish, on `workers` actors (one GPU each, if there are).
+
+    A task whose actor dies is given to a new one, `attempts` times at most; an error of the function itself is
+    raised at once. Tasks must be idempotent.
+    """
+
+    class Caller:
+        def call(self, task: tuple[Any, ...]) -> Any:
+            return function(*task)
+
+    new_actor = ray.remote(num_cpus=1, num_gpus=1 if uses_gpus() else 0, max_restarts=0)(Caller).remote
+
+    waiting = list(range(len(tasks)))[::-1]
+    tries = dict.fromkeys(waiting, 0)
+    running: dict[Any, tuple[int, Any]] = {}
+
+    def start(actor: Any) -> None:
+        if waiting:
+            index = waiting.pop()
+            tries[index] += 1
+            running[actor.call.remote(tasks[index])] = (index, actor)
+
+    for _ in range(min(workers, len(tasks))):
+        start(new_actor())
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        index, actor = running.pop(ready)
+        try:
+            result = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            if tries[index] >= attempts:
+                raise RuntimeError(f"task {index} killed its worker {attempts} times: {error}") from error
+            waiting.append(index)
+            actor = new_actor()
+            start(actor)
+            continue
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause or error) from error
+        yield index, result
+        start(actor)

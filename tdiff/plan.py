@@ -1,0 +1,66 @@
+"""python -m tdiff.plan [CONFIG] [a.b=c …]: what a run will train, before anything runs."""
+
+from __future__ import annotations
+
+from tdiff import cli, config
+from tdiff.cli import console
+from tdiff.diffusion.condition import Denoiser
+from tdiff.pipeline import open_data, workers_for
+from tdiff.tree.model import TreeVAE
+from tdiff.tree.topology import Topology
+from tdiff.work.diffusing import denoiser_spec
+
+
+def bytes_per_rank(parameters: int, zero: int, workers: int) -> int:
+    """Bytes of fp32 weights, gradients, Adam's two moments and the EMA on one worker under a ZeRO stage.
+
+    ZeRO 1 shares moments, masters and EMA among the workers, 2 the gradients too, 3 the weights too. fp32 masters
+    beside the weights exist from ZeRO 1 on.
+    """
+    weights = gradients = 4 * parameters
+    moments_and_ema = 12 * parameters
+    if zero == 0:
+        return weights + gradients + moments_and_ema
+    partitioned = (moments_and_ema + 4 * parameters) / workers
+    gradients_kept = gradients / workers if zero >= 2 else gradients
+    weights_kept = weights / workers if zero == 3 else weights
+    return int(weights_kept + gradients_kept + partitioned)
+
+
+def main() -> None:
+    parser = cli.parser("plan", "Parameters, steps and memory of a run, before anything runs.")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one: the digits demo")
+    parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings")
+    arguments = parser.parse_args()
+    path, settings = arguments.config, arguments.settings
+    if path is not None and "=" in path:
+        path, settings = None, [path, *settings]
+    chosen = config.load(path, settings)
+    _, manifest = open_data(chosen)
+    images = manifest.samples("train")
+
+    topology = Topology.root_with_two_leaves("00-root")
+    while len(topology.leaves) < chosen.tree.max_leaves:
+        shallowest = min(topology.leaves, key=lambda leaf: topology[leaf].depth)
+        topology = topology.split(shallowest, "plan")
+    tree = TreeVAE(chosen.tree_spec(manifest.shape[0], manifest.shape[1]), topology)
+    denoiser = Denoiser(denoiser_spec(chosen, tree))
+    epochs, section = chosen.tree.epochs, chosen.diffusion
+    per_epoch = images // chosen.tree.batch
+    splits = chosen.tree.max_leaves - 2
+    refits = max(0, splits - 1) // chosen.tree.refit_every if epochs.refit else 0
+    whole = epochs.initial + refits * epochs.refit + epochs.final
+    workers = workers_for(section.slots, chosen.workers)
+    rows = []
+    for name, model, zero, parts in (("tree", tree, 0, 1), ("diffusion", denoiser, section.zero, workers)):
+        count = sum(p.numel() for p in model.parameters())
+        memory = bytes_per_rank(count, zero, parts) / 1e6
+        steps = whole * per_epoch if name == "tree" else section.images // section.batch
+        rows.append((name, f"{count:,}", f"{steps:,}", f"{memory:.1f}", str(zero), str(parts)))
+    header = ("stage", "parameters", "steps of the whole network", "MB per worker but activations", "ZeRO", "workers")
+    cli.show_tables([(f"{chosen.run_name}: {images:,} images, {chosen.tree.max_leaves} leaves", [header, *rows])])
+    console.print(f"and {splits} splits of {epochs.split} epochs each, on one leaf's images")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

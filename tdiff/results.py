@@ -1,0 +1,265 @@
+"""What a finished run yields: samples, numbers, pictures, a report. The driver's side of it.
+
+RUN/samples/NAME/    job.json  shard-000000.tar …  manifest.json  grid.png  COMPLETE
+RUN/evaluation.json  RUN/figures/*.png  RUN/report/index.html
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tdiff import launch, storage
+from tdiff.config import ConfigError
+from tdiff.data.shards import Shard, read_manifest
+from tdiff.data.stream import Images, read_split
+from tdiff.figures.page import page
+from tdiff.figures.plots import grid, save
+from tdiff.runs import Run
+from tdiff.tracking import read_metrics
+from tdiff.work import drawing, scoring
+from tdiff.work.growing import load_routing, load_topology
+from tdiff.work.sampling import MODES, SampleJob, draw_shard, read_samples
+
+Progress = Callable[[int, int], None]
+Settings = dict[str, Any]
+
+
+def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
+    """A job into RUN/samples/NAME, by the run's config where `settings` say nothing. Raises ConfigError."""
+    config, record = run.config(), run.record()
+    tree_url, diffusion_url = run.grown_tree, run.at("diffusion")
+    if not storage.finished(diffusion_url):
+        raise ConfigError(f"RUN {run.url} has no diffusion model yet: finish it with python -m tdiff.train.")
+    leaves = len(load_topology(tree_url).leaves)
+    defaults: Settings = {
+        "mode": "sample",
+        "num": config.samples.per_leaf,
+        "seed": config.seed,
+        "leaf": None,
+        **{key: getattr(config.samples, key) for key in ("batch", "steps", "sampler", "grid")},
+    }
+    chosen = defaults | {key: value for key, value in settings.items() if value is not None}
+    leaf, steps, most = chosen["leaf"], chosen["steps"], config.diffusion.timesteps
+    if leaf is not None and not 0 <= leaf < leaves:
+        raise ConfigError(f"leaf={leaf} does not exist: RUN {run.url} has leaves 0 to {leaves - 1}.")
+    if chosen["mode"] not in MODES:
+        raise ConfigError(f"mode={chosen['mode']} is not known: take one of {', '.join(MODES)}.")
+    if leaf is not None and chosen["mode"].endswith("all-leaves"):
+        raise ConfigError(f"leaf={leaf} has no effect with mode={chosen['mode']}: leave one of them out.")
+    if not 2 <= steps <= most:
+        raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
+    for key in ("num", "batch"):
+        if chosen[key] < 1:
+            raise ConfigError(f"{key}={chosen[key]} cannot be used: take 1 or more.")
+    data_url = record["data_url"]
+    if chosen["mode"].startswith("reconstruct"):
+        there = read_manifest(data_url).samples("test")
+        if chosen["num"] > there:
+            raise ConfigError(f"num={chosen['num']} is more than the {there} test images: take at most {there}.")
+    return SampleJob(
+        url=run.at("samples", name),
+        tree_url=tree_url,
+        diffusion_url=diffusion_url,
+        data_url=data_url,
+        bf16=record["bf16"],
+        leaves=leaves,
+        **chosen,
+    )
+
+
+def standard_jobs(run: Run) -> dict[str, SampleJob]:
+    """Name in RUN/samples -> what a run draws for its numbers and pictures."""
+    wanted, seed = run.config().samples, run.config().seed
+    jobs = {
+        "prior": sample_job(run, "prior", num=wanted.draws),
+        "root-draws": sample_job(run, "root-draws", mode="sample-all-leaves", num=wanted.draws_all_leaves),
+    }
+    for leaf in range(jobs["prior"].leaves):
+        name = f"leaf-{leaf:02d}"
+        jobs[name] = sample_job(run, name, num=wanted.per_leaf, leaf=leaf, seed=seed + 1 + leaf)
+    return jobs
+
+
+def _settings(job: SampleJob) -> Settings:
+    """What a job's images depend on, besides the run itself."""
+    return {key: value for key, value in asdict(job).items() if not key.endswith("url")}
+
+
+def unfinished(jobs: dict[str, SampleJob]) -> dict[str, SampleJob]:
+    """The jobs that are not drawn yet. Raises ConfigError if another job's images lie in the folder of one."""
+    missing = {}
+    for name, job in jobs.items():
+        file = storage.join(job.url, "job.json")
+        if storage.exists(file) and (theirs := json.loads(storage.read_text(file))) != _settings(job):
+            ours = _settings(job)
+            other = ", ".join(f"{key}={theirs.get(key)}" for key in ours if theirs.get(key) != ours[key])
+            raise ConfigError(f"{job.url} holds samples of another job ({other}): choose another --out.")
+        if not storage.finished(job.url):
+            missing[name] = job
+    return missing
+
+
+def draw(jobs: dict[str, SampleJob], workers: int, progress: Progress | None = None) -> int:
+    """Draws the missing shards of all jobs on Ray actors and completes their folders; returns how many images."""
+    for job in jobs.values():
+        storage.write_text(storage.join(job.url, "job.json"), json.dumps(_settings(job), indent=1) + "\n")
+    tasks = [(name, shard) for name, job in jobs.items() for shard in range(job.shards)]
+    shards: dict[str, dict[int, Shard]] = {name: {} for name in jobs}
+    calls = [(jobs[name], shard) for name, shard in tasks]
+    for finished, (index, entry) in enumerate(launch.map_on_actors(draw_shard, calls, workers), start=1):
+        name, shard = tasks[index]
+        shards[name][shard] = entry
+        if progress is not None:
+            progress(finished, len(tasks))
+        if len(shards[name]) == jobs[name].shards:
+            _complete(jobs[name], [shards[name][k] for k in range(jobs[name].shards)])
+    return sum(entry.samples for of_job in shards.values() for entry in of_job.values())
+
+
+def _complete(job: SampleJob, shards: list[Shard]) -> None:
+    """Writes a drawn job's manifest.json and grid.png, and marks its folder complete."""
+    manifest = {
+        "job": _settings(job),
+        "samples": sum(shard.samples for shard in shards),
+        "shards": [asdict(shard) for shard in shards],
+    }
+    storage.write_text(storage.join(job.url, "manifest.json"), json.dumps(manifest, indent=1) + "\n")
+    across = job.images_per_draw if job.images_per_draw > 1 else 10
+    out = io.BytesIO()
+    grid(read_samples(job.url).images[: 10 * across] / 255, across).save(out, "png")
+    storage.write_bytes(storage.join(job.url, "grid.png"), out.getvalue())
+    storage.finish(job.url)
+
+
+# --- numbers and pictures ----------------------------------------------------------------------------
+
+
+def _splits(run: Run) -> dict[str, Images]:
+    url = run.record()["data_url"]
+    manifest = read_manifest(url)
+    return {split: read_split(url, manifest, split) for split in manifest.splits}
+
+
+def _routing(run: Run, splits: dict[str, Images]) -> dict[str, Any]:
+    return {split: load_routing(run.grown_tree, split) for split in splits}
+
+
+def evaluate(run: Run) -> Settings:
+    """Computes and writes evaluation.json; returns it. Raises ConfigError if the run is not that far."""
+    prior = run.at("samples", "prior")
+    if not storage.finished(prior):
+        raise ConfigError(f"RUN {run.url} has no samples to evaluate: finish it with python -m tdiff.train.")
+    splits, seed = _splits(run), run.config().seed
+    topology = load_topology(run.grown_tree)
+    record = run.record()
+    result = {
+        "run": run.name,
+        "data": {"name": run.config().data.name, "digest": record["data_digest"]},
+        "leaves": len(topology.leaves),
+        "clustering": scoring.clustering(topology, _routing(run, splits), splits, seed),
+        "samples": scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed),
+        "seconds": seconds(run),
+    }
+    storage.write_text(run.at("evaluation.json"), json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def evaluation(run: Run) -> Settings | None:
+    """evaluation.json, if it is there."""
+    url = run.at("evaluation.json")
+    return json.loads(storage.read_text(url)) if storage.exists(url) else None
+
+
+def seconds(run: Run) -> dict[str, float]:
+    """Wall-clock seconds of every phase, as its Ray job took them."""
+    out = {}
+    for name, url in [*((p, run.at("tree", p)) for p in run.tree_phases()), ("diffusion", run.at("diffusion"))]:
+        summary = json.loads(storage.read_text(storage.join(url, "summary.json")))
+        out[name] = round(float(summary["wall_seconds"]), 1)
+    if "sampling" in (record := run.record()):
+        out["samples"] = round(float(record["sampling"]["seconds"]), 1)
+    return out
+
+
+def figures(run: Run) -> dict[str, bytes]:
+    """Draws a finished run's pictures into RUN/figures; returns them as PNG by file name."""
+    splits = _splits(run)
+    topology, left = load_topology(run.grown_tree), load_routing(run.grown_tree, "train")
+    jobs = standard_jobs(run)
+    samples = {name: read_samples(job.url) for name, job in jobs.items()}
+    metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
+    drawn: dict[str, Figure] = {
+        "tree.png": drawing.tree(topology, left, splits["train"]),
+        "leaves.png": drawing.leaves(topology, left, [samples[name] for name in jobs if name.startswith("leaf-")]),
+        "root-draw.png": drawing.root_draw(topology, samples["root-draws"], 0),
+        "samples.png": drawing.side_by_side(splits["train"], samples["prior"]),
+        "losses-tree.png": drawing.losses(metrics, "Growing the tree"),
+        "losses-diffusion.png": drawing.losses(
+            {"diffusion": read_metrics(run.at("diffusion", "metrics"))}, "Training the diffusion model"
+        ),
+    }
+    pictures = {name: save(figure) for name, figure in drawn.items()}
+    for name, content in pictures.items():
+        storage.write_bytes(run.at("figures", name), content)
+    return pictures
+
+
+PICTURES = ("tree.png", "leaves.png", "root-draw.png", "samples.png", "losses-tree.png", "losses-diffusion.png")
+
+
+def report(run: Run) -> str:
+    """Writes the run's one-file HTML report; returns where. Raises ConfigError if the run is not that far."""
+    numbers = evaluation(run)
+    if numbers is None or not all(storage.exists(run.at("figures", name)) for name in PICTURES):
+        raise ConfigError(f"RUN {run.url} is not evaluated yet: finish it with python -m tdiff.train.")
+    pictures = {name: storage.read_bytes(run.at("figures", name)) for name in PICTURES}
+    url = run.at("report", "index.html")
+    storage.write_text(url, page(run.name, table(numbers), pictures, run.config().to_yaml()))
+    return url
+
+
+def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """The numbers of evaluation.json as titled tables; the first row of each is its header."""
+    clusters = numbers["clustering"]
+    names = {
+        "tree_test": "TreeVAE, held-out images",
+        "kmeans_test": "k-means on pixels, held-out images",
+        "ward_test": "Ward on pixels, held-out images (fitted to them too)",
+        "tree_train": "TreeVAE, training images",
+    }
+    header = ("clusters", "ACC", "NMI", "ARI", "leaf purity", "dendrogram purity")
+    keys = ("acc", "nmi", "ari", "leaf_purity", "dendrogram_purity")
+    rows = [
+        (title, *(f"{clusters[name][key]:.3f}" if key in clusters[name] else "" for key in keys))
+        for name, title in names.items()
+        if name in clusters
+    ]
+    tables: list[tuple[str, list[tuple[str, ...]]]] = [(f"{numbers['leaves']} leaves", [header, *rows])]
+    quality = numbers["samples"]
+    if quality:
+        title = (
+            f"{quality['samples']} samples, in the features of a classifier trained on the data "
+            f"(reference: {quality['reference']})"
+        )
+        columns = ("classifier_frechet", "classifier_confidence", "classifier_entropy")
+        models = {
+            "treediffusion": "TreeDiffusion",
+            "treevae": "TreeVAE",
+            "real_test": "real held-out images, for scale",
+        }
+        found = [
+            (model, *(f"{quality[name][key]:.3f}" if key in quality[name] else "" for key in columns))
+            for name, model in models.items()
+            if name in quality
+        ]
+        tables.append((title, [("samples", "Fréchet distance", "confidence", "class entropy per leaf"), *found]))
+    times = [(name, f"{value:.1f}") for name, value in numbers["seconds"].items()]
+    total = ("all", f"{sum(numbers['seconds'].values()):.1f}")
+    tables.append(("seconds per phase", [("phase", "seconds"), *times, total]))
+    return tables

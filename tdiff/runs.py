@@ -1,0 +1,65 @@
+"""The run folder: where each thing lies, and which run it is.
+
+RUN/config.yaml  run.json
+    tree/00-root/ 01-split-1/ …   checkpoints/ model.safetensors tree.json routing.safetensors metrics/ COMPLETE
+    diffusion/                    checkpoints/ ema.safetensors unet.json metrics/ COMPLETE
+    samples/NAME/                 shard-000000.tar … manifest.json grid.png COMPLETE
+    evaluation.json  figures/  report/index.html
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tdiff import config as configs
+from tdiff import storage
+from tdiff.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, local or s3://."""
+
+    url: str
+
+    def at(self, *parts: str) -> str:
+        """Where RUN/parts lies."""
+        return storage.join(self.url, *parts)
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def tree_phases(self) -> list[str]:
+        """Names of the tree's phases that are finished, in order."""
+        names = storage.listing(self.at("tree"))
+        return [name for name in names if storage.finished(self.at("tree", name))]
+
+    @property
+    def grown_tree(self) -> str:
+        """Folder of the finished tree. Raises ConfigError if there is none yet."""
+        done = self.tree_phases()
+        if not done or not done[-1].endswith("-finetune"):
+            raise ConfigError(f"RUN {self.url} has no finished tree yet: finish it with python -m tdiff.train.")
+        return self.at("tree", done[-1])
+
+    def record(self) -> dict[str, Any]:
+        """run.json. Raises ConfigError if this is no run folder."""
+        try:
+            record: dict[str, Any] = json.loads(storage.read_text(self.at("run.json")))
+        except FileNotFoundError as error:
+            raise ConfigError(f"RUN {self.url} is not a run folder: it holds no run.json.") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"RUN {self.url} is damaged: its run.json is not JSON ({error}).") from error
+        return record
+
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        record = self.record()
+        return configs.validated(record["config"])
+
+    def update(self, **entries: Any) -> None:
+        """Adds entries to run.json."""
+        storage.write_text(self.at("run.json"), json.dumps({**self.record(), **entries}, indent=2) + "\n")

@@ -1,0 +1,170 @@
+"""Metrics: JSONL in the run folder first, MLflow as its mirror.
+
+Workers only write JSONL, one part per resume checkpoint, so that a resumed run neither loses nor doubles a
+step. The driver mirrors finished parts to MLflow: workers need neither its import (seconds) nor its address.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tdiff import storage
+
+
+class MetricParts:
+    """Metric lines of one phase, kept until `write(step)` makes them the file URL/STEP.jsonl. url None: dropped."""
+
+    def __init__(self, url: str | None):
+        self.url = url
+        self.lines: list[str] = []
+
+    def add(self, **values: float) -> None:
+        if self.url is not None:
+            self.lines.append(json.dumps(values))
+
+    def write(self, step: int) -> None:
+        """Writes the lines since the last part."""
+        if self.url is not None and self.lines:
+            storage.write_text(storage.join(self.url, part_name(step)), "\n".join(self.lines) + "\n")
+        self.lines.clear()
+
+    def drop_beyond(self, step: int) -> None:
+        """Removes parts that a killed run wrote after the checkpoint it is resumed from."""
+        if self.url is not None:
+            for name in storage.listing(self.url):
+                if name.endswith(".jsonl") and int(name.removesuffix(".jsonl")) > step:
+                    storage.remove(storage.join(self.url, name))
+
+
+def part_name(step: int) -> str:
+    return f"{step:09d}.jsonl"
+
+
+def read_metrics(url: str) -> list[dict[str, Any]]:
+    """All metric lines of a phase's folder, in order of steps."""
+    names = [name for name in storage.listing(url) if name.endswith(".jsonl")]
+    return [json.loads(line) for name in names for line in storage.read_text(storage.join(url, name)).splitlines()]
+
+
+class Mirror:
+    """Copies a run's metrics, settings and pictures to MLflow: one parent run, a child per phase.
+
+    Works in a thread of its own beside training. Idempotent: what MLflow holds already is not logged again, so a
+    resumed run goes on in the same MLflow runs without duplicate steps. An outage costs a warning and a delay.
+    """
+
+    def __init__(self, uri: str, experiment: str, run_name: str, run_id: str, artifacts: str | None):
+        self.uri = uri
+        self.problem: str | None = None
+        self._experiment, self._name, self._run_id, self._artifacts = experiment, run_name, run_id, artifacts
+        self._client: Any = None
+        self._parent = ""
+        self._pool = ThreadPoolExecutor(1, "mlflow-mirror")
+
+    def open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
+        """Finds or makes the parent run, with its settings, tags and text files."""
+        self._later(self._open, params, tags, files)
+
+    def phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
+        """A phase's metrics, into a child run of that name."""
+        self._later(self._phase, name, lines, totals)
+
+    def result(self, metrics: dict[str, float], pictures: dict[str, bytes]) -> None:
+        """The finished run's numbers and pictures, into the parent run."""
+        self._later(self._result, metrics, pictures)
+
+    def close(self) -> str | None:
+        """Waits until all is copied; the sentence to show if something could not be."""
+        self._pool.shutdown(wait=True)
+        return self.problem
+
+    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
+        def guarded() -> None:
+            if self.problem is not None:  # the next start of the command copies everything
+                return
+            try:
+                function(*arguments)
+            except Exception as error:  # whatever MLflow's stores and their drivers raise; shown by `close`
+                reason = " ".join(str(error).split())[:300]
+                self.problem = f"MLflow at {self.uri} is behind, the next start catches up: {reason}"
+
+        self._pool.submit(guarded)
+
+    def _open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
+        # Imported here, in the thread: it takes seconds in which the first phase's workers already start.
+        from mlflow.entities import Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self._client = MlflowClient(self.uri)
+        found = self._client.get_experiment_by_name(self._experiment)
+        self._experiment_id = (
+            found.experiment_id
+            if found
+            else self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
+        )
+        self._parent, new = self._run({"tdiff.run": self._run_id}, self._name)
+        if new:
+            self._client.log_batch(
+                self._parent,
+                params=[Param(key, str(value)) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+            for name, text in files.items():
+                self._client.log_text(self._parent, text, name)
+
+    def _run(self, tags: dict[str, str], name: str) -> tuple[str, bool]:
+        """Id of the run with these tags, made if there is none; whether it was made."""
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        if "mlflow.parentRunId" not in tags:
+            wanted += " and tags.`tdiff.phase` = 'all'"
+            tags = {**tags, "tdiff.phase": "all"}
+        found = self._client.search_runs([self._experiment_id], wanted, max_results=1)
+        if found:
+            return found[0].info.run_id, False
+        return self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id, True
+
+    def _phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        tags = {"mlflow.parentRunId": self._parent, "tdiff.phase": name}
+        child, _ = self._run(tags, name)
+        run = self._client.get_run(child)
+        if run.info.status == "FINISHED":
+            return
+        history = self._client.get_metric_history(child, "loss") if lines else []
+        last = max((metric.step for metric in history), default=-1)
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(key, float(value), now, line["step"])
+            for line in lines
+            if line["step"] > last
+            for key, value in line.items()
+            if key != "step"
+        ]
+        metrics += [Metric(key, float(value), now, 0) for key, value in totals.items()]
+        for start in range(0, len(metrics), 1000):  # the most that one call takes
+            self._client.log_batch(child, metrics=metrics[start : start + 1000])
+        self._client.set_terminated(child, "FINISHED")
+
+    def _result(self, metrics: dict[str, float], pictures: dict[str, bytes]) -> None:
+        if self._client.get_run(self._parent).info.status == "FINISHED":
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._parent, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in pictures.items():
+                file = Path(folder) / name
+                file.write_bytes(content)
+                self._client.log_artifact(self._parent, str(file), "figures")
+        self._client.set_terminated(self._parent, "FINISHED")

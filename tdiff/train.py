@@ -1,0 +1,54 @@
+"""python -m tdiff.train [CONFIG] [a.b=c …]: the whole pipeline, from images to a tree, a diffusion model, a report."""
+
+from __future__ import annotations
+
+import time
+
+from tdiff import cli, config
+from tdiff.cli import console
+from tdiff.pipeline import STAGES, Outcome, train
+from tdiff.results import table
+
+
+def settings_help() -> str:
+    """Every setting with its default, as shown by --help."""
+    lines = []
+    for name, value in config.flat(config.Config()).items():
+        about = config.description(name)
+        lines.append(f"  {name}={value}" + (f"  ({about})" if about else ""))
+    return "settings and their defaults:\n" + "\n".join(lines)
+
+
+def main() -> None:
+    parser = cli.parser("train", "Carries a run on from where it is. Without CONFIG: the embedded digits demo.")
+    parser.epilog = settings_help()
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; settings a.b=c override it")
+    parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings, such as tree.max_leaves=8")
+    parser.add_argument("--until", metavar="STAGE", help=f"stop after {', '.join(STAGES)} or a phase (03-split-4)")
+    parser.add_argument("--fresh", action="store_true", help="start the run over, deleting its folder")
+    arguments = parser.parse_args()
+    path, settings = arguments.config, arguments.settings
+    if path is not None and "=" in path:
+        path, settings = None, [path, *settings]
+
+    started = time.monotonic()
+    outcome = train(config.load(path, settings), arguments.until, arguments.fresh, console.print)
+    _show(outcome, time.monotonic() - started)
+
+
+def _show(outcome: Outcome, seconds: float) -> None:
+    run = outcome.run
+    if outcome.numbers is not None:
+        console.print()
+        cli.show_tables(table(outcome.numbers))
+        console.print(f"pictures  {run.at('figures')}/tree.png  leaves.png  root-draw.png  samples.png")
+        console.print(f"report    {run.at('report', 'index.html')}")
+    console.print(f"run       {run.url}")
+    console.print(f"MLflow    {outcome.tracking}  (make ui)")
+    if outcome.warning:
+        console.print(f"[yellow]{outcome.warning}[/yellow]")
+    console.print(f"{seconds:.0f} s in all")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,1 @@
+"""What Ray workers run: growing the tree, training the diffusion, sampling. Knows the loop, the data and the models."""

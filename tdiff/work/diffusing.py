@@ -1,0 +1,163 @@
+"""Training the diffusion model of a finished tree, as every worker of its Ray job runs it.
+
+Reads the tree's folder and the shards; writes `ema.safetensors` and `unet.json`, all that sampling needs.
+
+Legend: B batch, L leaves, I image channels, H image size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from tdiff import engine, storage
+from tdiff.config import Config
+from tdiff.data.order import Order
+from tdiff.data.shards import read_manifest
+from tdiff.data.stream import read_split
+from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
+from tdiff.diffusion.ema import Ema, gamma_from_width, power_decay
+from tdiff.diffusion.process import Schedule, denoising_loss, stratified_steps
+from tdiff.diffusion.unet import UNetSpec
+from tdiff.engine import Averager, Batch, Task, Worker
+from tdiff.seeds import seed_of
+from tdiff.tree.model import Path, TreeVAE, Visit
+from tdiff.work.growing import as_images, load_tree
+
+PHASE = "diffusion"
+
+
+@dataclass(frozen=True)
+class DiffusionPhase:
+    """What a worker needs to know. url: the phase's folder; tree_url: the finished tree's."""
+
+    url: str
+    tree_url: str
+    data_url: str
+    config: Config
+    bf16: bool
+
+
+def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
+    """The denoiser's shape for a tree, by the config's section `diffusion`."""
+    section, spec = config.diffusion, tree.spec
+    told = CONDITIONS[section.condition]
+    unet = UNetSpec(
+        channels=spec.channels,
+        image_size=spec.image_size,
+        width=section.width,
+        multipliers=section.multipliers,
+        attention=section.attention,
+        heads=section.heads,
+        dropout=section.dropout,
+        condition_channels=spec.channels if told.recon else 0,
+    )
+    return DenoiserSpec(
+        unet=unet,
+        condition=section.condition,
+        node_encoding=section.node_encoding,
+        nodes=len(tree.topology.nodes),
+        latent_size=spec.latent_channels * spec.size**2,
+        null=section.condition_dropout > 0 and told.embeds,
+        objective=section.objective,
+        timesteps=section.timesteps,
+    )
+
+
+def leaf_reconstruction(tree: TreeVAE, visits: dict[int, Visit], leaf: Tensor) -> Tensor:
+    """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1]."""
+    images = tree.leaf_images(visits)  # [B, L, I, H, H]
+    return images[torch.arange(len(leaf), device=leaf.device), leaf]
+
+
+class DiffusionObjective(nn.Module):
+    """The denoising loss, each image told its own path through the frozen tree, drawn anew every time."""
+
+    def __init__(self, denoiser: Denoiser, tree: TreeVAE, condition_dropout: float):
+        super().__init__()
+        self.denoiser = denoiser
+        # In a tuple, so that it is no part of what is trained, moved, partitioned or saved.
+        self._tree = (tree.eval().requires_grad_(False),)
+        self.schedule = Schedule(denoiser.spec.timesteps)
+        self.condition_dropout = condition_dropout
+
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        (tree,), images = self._tree, batch["images"]
+        told = self.denoiser.spec.told
+        path: Path | None = None
+        recon = drop = None
+        if told.embeds or told.recon:
+            # The frozen tree speaks in full precision whatever the U-Net runs in.
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                visits = tree.walk(images, rng)
+                path = tree.path(visits, rng)
+                if told.recon:
+                    recon = leaf_reconstruction(tree, visits, path.leaf)
+        if self.denoiser.spec.null:
+            drop = torch.rand(len(images), generator=rng, device=images.device) < self.condition_dropout
+        x0 = 2 * images - 1
+        t = stratified_steps(len(x0), self.schedule.steps, rng)
+        noise = torch.randn(x0.shape, generator=rng, device=x0.device)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = self.denoiser(x_t, t, path, recon, drop)
+            return output
+
+        return denoising_loss(predict, self.schedule, x0, t, noise, self.denoiser.spec.objective).mean, {}
+
+
+def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
+    """Trains the diffusion model and writes its folder."""
+    config, section = phase.config, phase.config.diffusion
+    manifest = read_manifest(phase.data_url)
+    train = read_split(phase.data_url, manifest, "train")
+    tree = load_tree(phase.tree_url)
+    torch.manual_seed(seed_of("init", config.seed, PHASE))
+    denoiser = Denoiser(denoiser_spec(config, tree))
+    objective = DiffusionObjective(denoiser, tree, section.condition_dropout)
+    order = Order(len(train), section.batch, section.slots, config.seed, PHASE)
+    warmup_steps = section.warmup_images / section.batch
+
+    def batch(step: int, slot: int) -> Batch:
+        return {"images": as_images(train.images[order.positions(step, slot)])}
+
+    def average(tensors: list[Tensor]) -> Averager:
+        return Ema(tensors, power_decay(gamma_from_width(section.ema)))
+
+    outcome = engine.train(
+        Task(
+            phase=PHASE,
+            objective=objective,
+            batch=batch,
+            steps=max(1, section.images // section.batch),
+            batch_size=section.batch,
+            slots=section.slots,
+            seed=config.seed,
+            learning_rate=lambda step: section.learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1)),
+            clip=section.clip,
+            zero=section.zero,
+            autocast=phase.bf16,
+            checkpoint_images=section.checkpoint_images,
+            average=average,
+            metrics_url=storage.join(phase.url, "metrics"),
+        ),
+        worker,
+    )
+    if worker.rank == 0:
+        weights = {name.removeprefix("denoiser."): tensor for name, tensor in outcome.averages.items()}
+        storage.write_bytes(
+            storage.join(phase.url, "ema.safetensors"),
+            save_tensors({name: tensor.cpu().contiguous() for name, tensor in weights.items()}),
+        )
+        storage.write_text(storage.join(phase.url, "unet.json"), denoiser.spec.to_json() + "\n")
+        summary = {
+            "parameters": sum(p.numel() for p in denoiser.parameters()),
+            "seconds": outcome.seconds,
+            "first_step_at": outcome.first_step_at,
+            "last_step_at": outcome.last_step_at,
+        }
+        storage.write_text(storage.join(phase.url, "summary.json"), json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,281 @@
+"""One phase of growing the tree, as every worker of its Ray job runs it.
+
+A phase reads the folder of the phase before it and writes its own: `model.safetensors` and `tree.json` are
+all that it hands on; `routing.safetensors` keeps the posterior's routing probabilities of every image, from
+which the driver decides what comes next (`tdiff.tree.growth`).
+
+Legend: B batch, M images, R nodes with routers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from tdiff import engine, storage
+from tdiff.config import Config
+from tdiff.data.order import Order
+from tdiff.data.shards import Manifest, read_manifest
+from tdiff.data.stream import Images, read_split
+from tdiff.engine import Batch, Task, Worker
+from tdiff.seeds import seed_of
+from tdiff.tree.growth import effective_leaves, leaf_reach, members, node_reach
+from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
+from tdiff.tree.model import TreeVAE, evaluating, norms
+from tdiff.tree.topology import Topology
+
+DECISION_BLOCK = 512
+"""Images per forward pass where decisions are computed: fixed, so that the same weights give the same numbers."""
+
+Kind = Literal["root", "split", "refit", "finetune"]
+
+
+@dataclass(frozen=True)
+class GrowingPhase:
+    """What a worker needs to know of its phase. previous: folder of the phase before; leaf: the node to split."""
+
+    name: str
+    kind: Kind
+    url: str
+    previous: str | None
+    leaf: int | None
+    data_url: str
+    config: Config
+
+
+def as_images(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, I, H, H] -> float in [0, 1]."""
+    return torch.from_numpy(pixels).float() / 255
+
+
+def save_tree(url: str, model: TreeVAE) -> None:
+    """Writes tree.json and model.safetensors into a phase's folder."""
+    storage.write_bytes(storage.join(url, "model.safetensors"), save_tensors(dict(model.state_dict())))
+    storage.write_text(storage.join(url, "tree.json"), model.to_json())
+
+
+def load_tree(url: str) -> TreeVAE:
+    """The TreeVAE of a phase's folder."""
+    model = TreeVAE.from_json(storage.read_text(storage.join(url, "tree.json")))
+    model.load_state_dict(load_tensors(storage.read_bytes(storage.join(url, "model.safetensors"))))
+    return model
+
+
+def load_topology(url: str) -> Topology:
+    return Topology.from_json(storage.read_text(storage.join(url, "tree.json")))
+
+
+def load_routing(url: str, split: str) -> NDArray[np.float32]:
+    """Posterior probabilities of going left, [M, R], of every image of a split, as the phase's end left them."""
+    arrays: dict[str, NDArray[np.float32]] = load_arrays(storage.read_bytes(storage.join(url, "routing.safetensors")))
+    return arrays[split]
+
+
+class TreeObjective(nn.Module):
+    """The whole tree's negative ELBO, with alpha annealed from epoch to epoch."""
+
+    def __init__(self, model: TreeVAE, alpha: Annealing):
+        super().__init__()
+        self.model = model
+        self.alpha = alpha
+
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        visits = self.model.walk(batch["images"], rng)
+        return _weighed(tree_elbo(self.model, visits, batch["images"]), self.alpha(step))
+
+
+class SplitObjective(nn.Module):
+    """What the two new leaves add to it, on features of the frozen rest."""
+
+    def __init__(self, model: TreeVAE, node: int, new: list[nn.Module], alpha: Annealing):
+        super().__init__()
+        self.model = model
+        self.node = node
+        self.new = new
+        self.alpha = alpha
+
+    def train(self, mode: bool = True) -> SplitObjective:
+        """The frozen part stays in evaluation mode whoever asks for training mode (DeepSpeed does)."""
+        self.model.eval()
+        for module in self.new:
+            module.train(mode)
+        return self
+
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        frozen = Frozen(*(batch[name] for name in Frozen._fields))
+        return _weighed(split_elbo(self.model, self.node, frozen, batch["images"], rng), self.alpha(step))
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """alpha at a step: `start`, plus `rise` every epoch, up to 1."""
+
+    order: Order
+    start: float
+    rise: float
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, self.start + self.rise * self.order.epoch(step))
+
+
+def _weighed(elbo: Elbo, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    terms = {name: term.mean() for name, term in elbo._asdict().items()}
+    return elbo.loss(alpha), {**terms, "alpha": terms["kl_root"].new_tensor(alpha)}
+
+
+class Batches(Protocol):
+    def __call__(self, step: int, slot: int) -> Batch: ...
+
+
+def grow(phase: GrowingPhase, worker: Worker) -> None:
+    """Trains one phase and writes its folder."""
+    config = phase.config
+    manifest = read_manifest(phase.data_url)
+    train = read_split(phase.data_url, manifest, "train")
+    torch.manual_seed(seed_of("init", config.seed, phase.name))
+    if phase.previous is None:
+        channels, image_size, _ = manifest.shape
+        spec = config.tree_spec(channels, image_size)
+        model = TreeVAE(spec, Topology.root_with_two_leaves(phase.name))
+    else:
+        model = load_tree(phase.previous)
+
+    task = (_split_task if phase.kind == "split" else _whole_tree_task)(phase, model, train)
+    outcome = engine.train(task, worker)
+
+    routing = {"train": routing_of(model, train, worker)}
+    if "test" in manifest.splits:
+        routing["test"] = routing_of(model, read_split(phase.data_url, manifest, "test"), worker)
+    if worker.rank == 0:
+        _finish(phase, model, routing, outcome)
+
+
+def _task(phase: GrowingPhase, order: Order, epochs: int, objective: nn.Module, batch: Batches, model: TreeVAE) -> Task:
+    tree = phase.config.tree
+
+    def learning_rate(step: int) -> float:
+        return tree.learning_rate * 0.1 ** (order.epoch(step) // tree.decay_every)
+
+    return Task(
+        phase=phase.name,
+        objective=objective,
+        batch=batch,
+        steps=epochs * order.steps_per_epoch,
+        batch_size=order.batch,
+        slots=order.slots,
+        seed=phase.config.seed,
+        learning_rate=learning_rate,
+        weight_decay=tree.weight_decay,
+        checkpoint_images=tree.checkpoint_images,
+        norms=list(norms(model)),
+        metrics_url=storage.join(phase.url, "metrics"),
+    )
+
+
+def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Images) -> Task:
+    tree = phase.config.tree
+    epochs, rise = {
+        "root": (tree.epochs.initial, tree.kl_step),
+        "refit": (tree.epochs.refit, tree.kl_step),
+        "finetune": (tree.epochs.final, max(0.01, 1 / max(tree.epochs.final - 1, 1))),
+    }[phase.kind]
+    order = Order(len(train), tree.batch, tree.slots, phase.config.seed, phase.name)
+    objective = TreeObjective(model, Annealing(order, tree.kl_start, rise))
+    model.train()
+
+    def batch(step: int, slot: int) -> Batch:
+        return {"images": as_images(train.images[order.positions(step, slot)])}
+
+    return _task(phase, order, epochs, objective, batch, model)
+
+
+def _split_task(phase: GrowingPhase, model: TreeVAE, train: Images) -> Task:
+    tree = phase.config.tree
+    assert phase.leaf is not None
+    assert phase.previous is not None
+    reach = leaf_reach(model.topology, load_routing(phase.previous, "train"))
+    ids = members(reach, model.topology.leaves.index(phase.leaf))
+    images = as_images(train.images[ids])
+    with evaluating(model):
+        blocks = [frozen_features(model, phase.leaf, block) for block in images.split(DECISION_BLOCK)]
+    frozen = Frozen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    new = model.split(phase.leaf, phase.name)
+    model.train_only(new)
+    order = Order(len(ids), tree.batch, tree.slots, phase.config.seed, phase.name)
+    objective = SplitObjective(model, phase.leaf, new, Annealing(order, tree.kl_start, tree.kl_step))
+
+    def batch(step: int, slot: int) -> Batch:
+        rows = torch.from_numpy(order.positions(step, slot))
+        return {"images": images[rows]} | {name: part[rows] for name, part in frozen._asdict().items()}
+
+    return _task(phase, order, tree.epochs.split, objective, batch, model)
+
+
+def routing_of(model: TreeVAE, images: Images, worker: Worker) -> NDArray[np.float32]:
+    """Routing probabilities [M, R] of all images in manifest order: in fixed blocks, shared by the workers."""
+    starts = range(0, len(images), DECISION_BLOCK)
+    routing = torch.zeros(len(images), len(model.topology.deciding))
+    with evaluating(model):
+        for start in starts[worker.rank :: worker.world]:
+            block = slice(start, start + DECISION_BLOCK)
+            routing[block] = model.routing(as_images(images.images[block]))
+    if worker.world > 1:
+        dist.all_reduce(routing)  # every row is one worker's number plus zeros, so the sum is exact
+    return routing.numpy()
+
+
+def _finish(
+    phase: GrowingPhase,
+    model: TreeVAE,
+    routing: dict[str, NDArray[np.float32]],
+    outcome: engine.Outcome,
+) -> None:
+    """Rank 0 writes what the phase hands on, and its summary."""
+    topology = model.topology
+    mass = {node: float(p.sum()) for node, p in node_reach(topology, routing["train"]).items()}
+    model.topology = topology.with_samples(mass)
+    storage.write_bytes(storage.join(phase.url, "routing.safetensors"), save_arrays(routing))
+    save_tree(phase.url, model)
+    summary: dict[str, Any] = {
+        "leaves": len(topology.leaves),
+        "effective_leaves": effective_leaves(leaf_reach(topology, routing["train"])),
+        "seconds": outcome.seconds,
+        "first_step_at": outcome.first_step_at,
+        "last_step_at": outcome.last_step_at,
+    }
+    storage.write_text(storage.join(phase.url, "summary.json"), json.dumps(summary, indent=1) + "\n")
+
+
+def prune(previous: str, url: str, leaves: Iterable[int]) -> None:
+    """The pruning phase, in the driver: removes leaves and hands the rest on unchanged."""
+    model = load_tree(previous)
+    for leaf in leaves:
+        model.prune(leaf)
+    save_tree(url, model)
+
+
+def check(config: Config, manifest: Manifest) -> None:
+    """Raises ValueError, one sentence, where growing on this data could not even begin."""
+    samples, (channels, height, width) = manifest.samples("train"), manifest.shape
+    tree = config.tree
+    for name, batch in (("tree.batch", tree.batch), ("diffusion.batch", config.diffusion.batch)):
+        if samples < batch:
+            raise ValueError(f"{name}={batch} is more than the {samples} training images: take at most {samples}")
+    if height != width:
+        raise ValueError(f"the images of {manifest.name} are {height}x{width}: pack them as squares")
+    if tree.size > height:
+        raise ValueError(f"tree.size={tree.size} is more than the images' {height} pixels: take at most {height}")
+    if channels > 1 and tree.likelihood == "bernoulli":
+        raise ValueError(f"tree.likelihood=bernoulli is for grey images, {manifest.name} has colour: take gaussian")

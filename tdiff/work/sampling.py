@@ -1,0 +1,225 @@
+"""Drawing samples, one output shard a task, as a Ray actor runs it.
+
+A sample depends on (run, seed, its index, the shard's batch shape) alone: every shard is drawn as one batch of
+fixed size from a generator seeded by (seed, shard), a surplus at the end is cut off, and the file is written whole.
+So shards can be made by any number of workers, in any order, and again.
+
+    SAMPLES/shard-000000.tar   members KEY.png (the sample), KEY.treevae.png (the TreeVAE's own image for the same
+                               latents), KEY.json (index, draw, leaf, path, reach, seed)
+
+Legend: B batch, L leaves, I image channels, H image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import webdataset as wds
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from tdiff import storage
+from tdiff.data.png import png_bytes, png_image
+from tdiff.data.shards import Shard, read_manifest
+from tdiff.data.stream import Images, read_split
+from tdiff.diffusion.condition import Denoiser, DenoiserSpec
+from tdiff.diffusion.process import Schedule
+from tdiff.diffusion.samplers import ddim, ddpm, noise_from, quadratic_grid, uniform_grid
+from tdiff.seeds import generator
+from tdiff.tree.model import Path, TreeVAE
+from tdiff.work.diffusing import leaf_reconstruction
+from tdiff.work.growing import as_images, load_tree
+
+Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
+MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves")
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """What to draw: everything that the shards' contents depend on, and where they go.
+
+    num: root draws (or test images to reconstruct); with all leaves, each gives L images.
+    leaf: index of the leaf to force, or None to draw it from the tree.
+    """
+
+    url: str
+    tree_url: str
+    diffusion_url: str
+    data_url: str
+    mode: Mode
+    num: int
+    seed: int
+    batch: int
+    steps: int
+    sampler: Literal["ddim", "ddpm"]
+    grid: Literal["quadratic", "uniform"]
+    bf16: bool
+    leaves: int
+    leaf: int | None = None
+
+    @property
+    def images_per_draw(self) -> int:
+        return self.leaves if self.mode.endswith("all-leaves") else 1
+
+    @property
+    def draws_per_shard(self) -> int:
+        return max(1, self.batch // self.images_per_draw)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.num // self.draws_per_shard)
+
+    def shard_url(self, shard: int) -> str:
+        return storage.join(self.url, f"shard-{shard:06d}.tar")
+
+
+@lru_cache(maxsize=1)
+def _models(tree_url: str, diffusion_url: str) -> tuple[TreeVAE, Denoiser]:
+    """The two models, loaded once per worker and frozen."""
+    tree = load_tree(tree_url)
+    spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
+    denoiser = Denoiser(spec)
+    denoiser.load_state_dict(load_tensors(storage.read_bytes(storage.join(diffusion_url, "ema.safetensors"))))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return tree.eval().requires_grad_(False).to(device), denoiser.eval().requires_grad_(False).to(device)
+
+
+@lru_cache(maxsize=1)
+def _test_images(data_url: str) -> Images:
+    return read_split(data_url, read_manifest(data_url), "test")
+
+
+def draw_shard(job: SampleJob, shard: int) -> Shard:
+    """Draws one shard and writes it, unless an earlier attempt has: returns its entry for the manifest."""
+    url = job.shard_url(shard)
+    if storage.exists(url):  # written whole or not at all
+        content = storage.read_bytes(url)
+    else:
+        content = _tar(job, shard)
+        storage.write_bytes(url, content)
+    samples = min(job.num - shard * job.draws_per_shard, job.draws_per_shard) * job.images_per_draw
+    return Shard(url.rpartition("/")[2], samples, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _tar(job: SampleJob, shard: int) -> bytes:
+    with torch.no_grad():
+        entries, images, plain = _drawn(job, shard)
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
+        for entry, image, own in zip(entries, images, plain, strict=True):
+            writer.write(
+                {
+                    "__key__": f"{entry['index']:09d}",
+                    "png": png_bytes(image),
+                    "treevae.png": png_bytes(own),
+                    "json": json.dumps(entry).encode(),
+                }
+            )
+    return buffer.getvalue()
+
+
+def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Entries, samples and TreeVAE images (uint8 [B, I, H, H] each) of one shard."""
+    tree, denoiser = _models(job.tree_url, job.diffusion_url)
+    device = next(tree.parameters()).device
+    rng = generator("sample", job.seed, shard, device=device)
+    first = shard * job.draws_per_shard
+    if job.mode.startswith("reconstruct"):
+        test = _test_images(job.data_url)
+        rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
+        visits = tree.walk(as_images(test.images[rows]).to(device), rng)
+    else:
+        visits = tree.descend(job.draws_per_shard, rng)
+    start = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)
+
+    entries: list[dict[str, object]] = []
+    samples, plain = [], []
+    kept = min(job.num - first, job.draws_per_shard)
+    each = range(job.leaves) if job.mode.endswith("all-leaves") else [job.leaf]
+    for leaf in each:
+        chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=device)
+        path = tree.path(visits, rng, chosen)
+        own = leaf_reconstruction(tree, visits, path.leaf)
+        images = _denoised(job, denoiser, start, path, own, rng)
+        samples.append(_pixels((images + 1) / 2)[:kept])
+        plain.append(_pixels(own)[:kept])
+        entries += [_entry(job, tree, path, first + row, row, leaf) for row in range(kept)]
+    return entries, np.concatenate(samples), np.concatenate(plain)
+
+
+def _entry(job: SampleJob, tree: TreeVAE, path: Path, draw: int, row: int, leaf: int | None) -> dict[str, object]:
+    """What a sample's KEY.json says."""
+    chosen = int(path.leaf[row])
+    all_leaves = job.mode.endswith("all-leaves")
+    return {
+        "index": draw * job.leaves + chosen if all_leaves else draw,
+        "draw": draw,
+        "leaf": chosen,
+        "path": list(tree.topology.path(tree.topology.leaves[chosen])),
+        "reach": round(float(path.reach[row, chosen]), 6),
+        "seed": job.seed,
+    }
+
+
+def _image_shape(tree: TreeVAE) -> tuple[int, int, int]:
+    return tree.spec.channels, tree.spec.image_size, tree.spec.image_size
+
+
+def _pixels(images: Tensor) -> NDArray[np.uint8]:
+    """[B, I, H, H] in [0, 1] -> uint8."""
+    pixels: NDArray[np.uint8] = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return pixels
+
+
+def _denoised(
+    job: SampleJob, denoiser: Denoiser, start: Tensor, path: Path, own: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Samples [B, I, H, H] in [-1, 1] from the noise `start`, told path and reconstruction."""
+    spec = denoiser.spec
+    schedule = Schedule(spec.timesteps)
+    steps = (quadratic_grid if job.grid == "quadratic" else uniform_grid)(spec.timesteps, job.steps)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=job.bf16):
+            output = denoiser(x_t, t, path, own)
+        return schedule.to_noise(spec.objective, x_t, t, output.float())
+
+    if job.sampler == "ddpm":
+        return ddpm(predict, start, schedule, steps, noise_from(rng))
+    return ddim(predict, start, schedule, steps)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples read back. images, treevae: uint8 [M, I, H, H]; entries: what their KEY.json says."""
+
+    images: NDArray[np.uint8]
+    treevae: NDArray[np.uint8]
+    entries: list[dict[str, object]]
+
+
+def read_samples(url: str) -> Samples:
+    """All samples of a finished folder, in order of index."""
+    manifest = json.loads(storage.read_text(storage.join(url, "manifest.json")))
+    found: list[tuple[dict[str, object], NDArray[np.uint8], NDArray[np.uint8]]] = []
+    for shard in manifest["shards"]:
+        stream = io.BytesIO(storage.read_bytes(storage.join(url, shard["name"])))
+        for sample in group_by_keys(tar_file_expander([{"url": shard["name"], "stream": stream}])):
+            found.append((json.loads(sample["json"]), png_image(sample["png"]), png_image(sample["treevae.png"])))
+    if len(found) != manifest["samples"]:
+        raise ValueError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: draw it again")
+    found.sort(key=lambda item: int(str(item[0]["index"])))
+    return Samples(
+        np.stack([image for _, image, _ in found]),
+        np.stack([own for _, _, own in found]),
+        [entry for entry, _, _ in found],
+    )

@@ -1,0 +1,122 @@
+"""Protects the cluster-specificity measure: a classifier good enough to judge with, and entropies by hand."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from tdiff.evaluation import classifier
+from tdiff.evaluation.classifier import Classifier, class_histograms, confidence, mean_entropy, train_classifier
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """All images [1797, 1, 8, 8] in [0, 1] and labels, in METHOD.md's order: the last 297 are held out."""
+    data = load_digits()
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    return torch.tensor(data.images / 16, dtype=torch.float32)[:, None][order], torch.tensor(data.target)[order]
+
+
+@pytest.fixture(scope="module")
+def trained(digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[Classifier, float]:
+    images, labels = digits
+    start = time.process_time()
+    return train_classifier(images[:1500], labels[:1500], seed=0), time.process_time() - start
+
+
+def test_digits_are_told_apart_within_seconds(
+    digits: tuple[torch.Tensor, torch.Tensor], trained: tuple[Classifier, float]
+) -> None:
+    model, seconds = trained
+    images, labels = digits[0][1500:], digits[1][1500:]
+    logits = model(images)
+    assert (logits.argmax(1) == labels).float().mean() >= 0.95
+    assert seconds < 8
+    assert not model.training
+    assert confidence(logits) > 0.9
+    assert confidence(model(torch.rand(297, 1, 8, 8))) < confidence(logits)
+    assert float(classifier.loss(model, images, labels)) < 0.3
+
+
+def test_features_feed_the_logits(trained: tuple[Classifier, float]) -> None:
+    model, _ = trained
+    x = torch.rand(5, 1, 8, 8)
+    assert model.features(x).shape == (5, 64)
+    torch.testing.assert_close(model.head(model.features(x)), model(x))
+
+
+def test_training_is_a_function_of_its_arguments(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images, labels = digits[0][:200], digits[1][:200]
+    state = torch.random.get_rng_state()
+    first = train_classifier(images, labels, seed=3, steps=5, batch=32).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's generator is left alone
+    torch.rand(7)
+    again = train_classifier(images, labels, seed=3, steps=5, batch=32).state_dict()
+    other = train_classifier(images, labels, seed=4, steps=5, batch=32).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_bytes_and_floats_train_the_same(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    as_bytes = (digits[0][:64] * 255).round().to(torch.uint8)
+    labels = digits[1][:64].numpy()
+    a = train_classifier(as_bytes.numpy(), labels, seed=0, steps=2, batch=16).state_dict()
+    b = train_classifier(as_bytes.float() / 255, labels, seed=0, steps=2, batch=16).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (3, 64), (1, 5)])
+def test_every_image_size_fits(channels: int, size: int) -> None:
+    model = Classifier(channels, size, classes=8).eval()
+    assert model(torch.rand(2, channels, size, size)).shape == (2, 8)
+    with pytest.raises(ValueError, match="takes images of"):
+        model(torch.rand(2, channels, size + 1, size))
+
+
+def test_shift_moves_by_at_most_a_pixel() -> None:
+    image = torch.zeros(200, 2, 7, 7)
+    image[:, 0, 3, 3], image[:, 1, 3, 3] = 1, 2
+    moved = classifier.shift(image, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:, 1], 2 * moved[:, 0])  # channels move together
+    assert (moved[:, 0].sum((1, 2)) == 1).all()
+    places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(y, x) for y in (2, 3, 4) for x in (2, 3, 4)}
+
+
+def test_histograms_and_their_entropy_by_hand() -> None:
+    table = class_histograms([0, 0, 1, 2, 2, 1], [0, 0, 0, 1, 1, 3], classes=3, leaves=4)
+    assert table.tolist() == [[2, 1, 0], [0, 0, 2], [0, 0, 0], [0, 1, 0]]
+    of_first = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))
+    assert mean_entropy(table) == pytest.approx(of_first / 3)  # the empty leaf does not count
+    assert mean_entropy(np.full((5, 8), 10)) == pytest.approx(np.log(8))
+    assert mean_entropy(np.eye(4)) == 0
+
+
+def test_small_leaves_do_not_count() -> None:
+    table = np.array([[980, 0], [5, 5], [5, 4]])  # the second holds exactly 1%, the third less, of 999
+    assert mean_entropy(table) == pytest.approx(np.log(2) / 2)
+    # As many samples of every leaf: the leaves' own shares decide.
+    even = np.array([[1000, 0], [500, 500]])
+    assert mean_entropy(even, shares=[0.995, 0.005]) == 0
+    assert mean_entropy(even, shares=[0.99, 0.01]) == pytest.approx(np.log(2) / 2)
+    with pytest.raises(ValueError, match="lower minimum_share"):
+        mean_entropy(np.ones((500, 2)))
+
+
+def test_bad_input_gives_one_clear_sentence() -> None:
+    with pytest.raises(ValueError, match=r"prediction lies outside 0\.\.1"):
+        class_histograms([2], [0], classes=2, leaves=1)
+    with pytest.raises(ValueError, match=r"leaf index lies outside 0\.\.0"):
+        class_histograms([1], [1], classes=2, leaves=1)
+    with pytest.raises(ValueError, match="differ in length"):
+        class_histograms([1, 0], [0], classes=2, leaves=1)
+    with pytest.raises(ValueError, match="M labels"):
+        train_classifier(np.zeros((3, 1, 8, 8), np.uint8), [0, 1])
+    with pytest.raises(ValueError, match="run from 0"):
+        train_classifier(np.zeros((2, 1, 8, 8), np.uint8), [-1, 1])
