@@ -11,6 +11,8 @@ from rich.table import Table
 
 from tdiff.config import ConfigError
 from tdiff.data.shards import DataError
+from tdiff.engine import NonFiniteError
+from tdiff.launch import WorkersLostError
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -26,7 +28,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command; a known problem becomes one sentence on stderr and exit code 2, an interruption 130."""
     try:
         main()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, NonFiniteError, WorkersLostError) as error:
         print(f"tdiff: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -35,15 +35,15 @@ class Data(Section):
 
 class Epochs(Section):
     initial: int = Field(60, ge=1, description="epochs of the root with two leaves")
-    split: int = Field(60, ge=1, description="epochs of each split, on the leaf's images")
+    split: int = Field(120, ge=1, description="epochs of each split, on the leaf's images")
     refit: int = Field(15, ge=0, description="epochs of the whole tree after every third split; 0: no refits")
-    final: int = Field(30, ge=1, description="epochs of the whole tree at the end")
+    final: int = Field(20, ge=1, description="epochs of the whole tree at the end")
 
 
 class Tree(Section):
     encoder: Literal["cnn1", "cnn2"] = "cnn1"
     likelihood: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="bernoulli: grey, gaussian: colour")
-    features: int = Field(7, ge=2, description="bottom-up features; nodes go down to depth features - 1")
+    features: int = Field(5, ge=2, description="bottom-up features; nodes go down to depth features - 1")
     latent_channels: int = Field(16, ge=1, description="D, channels of every latent")
     feature_channels: int = Field(32, ge=8, description="C, channels of the bottom-up features")
     size: int = Field(2, ge=1, description="r, height and width of latents and features")
@@ -62,7 +62,7 @@ class Tree(Section):
 
 
 class Diffusion(Section):
-    images: int = Field(250_000, ge=1, description="how many images to train on, repeats counted")
+    images: int = Field(120_000, ge=1, description="how many images to train on, repeats counted")
     condition: str = Field("path", description="what the U-Net is told")
     node_encoding: Literal["index", "embedding"] = "embedding"
     objective: Literal["noise", "v"] = "noise"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tdiff import cli, results, storage
+from tdiff import cli, results
 from tdiff.cli import console
-from tdiff.runs import Run
+from tdiff.runs import existing
 
 
 def main() -> None:
     parser = cli.parser("evaluate", "Scores a trained run's clusters and samples anew.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
-    run = Run(storage.absolute(parser.parse_args().run))
+    run = existing(parser.parse_args().run)
     cli.show_tables(results.table(results.evaluate(run)))
     console.print(run.at("evaluation.json"))
 

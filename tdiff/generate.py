@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from tdiff import cli, launch, results, storage
+from tdiff import cli, launch, results
 from tdiff.cli import console
 from tdiff.config import ConfigError
-from tdiff.runs import Run
+from tdiff.runs import existing
 from tdiff.work.sampling import MODES
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="Ray workers (default: the run's)")
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
     arguments = parser.parse_args()
-    run = Run(storage.absolute(arguments.run))
+    run = existing(arguments.run)
     settings = {key: getattr(arguments, key) for key in ("mode", "num", "leaf", "steps", "sampler", "seed", "batch")}
     name = arguments.out or "-".join([f"{k}={v}" for k, v in settings.items() if v is not None])
     if "/" in name:

@@ -18,11 +18,17 @@ if not os.environ.get("RAY_ADDRESS"):
     # Nobody preempts or scrapes a cluster that lives within this process: 2 of 10 s of every job's start and end.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Ray's default for a new local cluster, which listens on every interface; said here, it does not warn.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 import ray.exceptions
 
 from tdiff.config import ConfigError
+
+
+class WorkersLostError(RuntimeError):
+    """Workers died again and again; the message says where, and the last reason."""
 
 
 def check_workers(workers: int) -> None:
@@ -84,10 +90,18 @@ class TrainWorker:
         train.get_all_reported_checkpoints()
 
 
-def fit(function: Callable[[Any, TrainWorker], None], argument: Any, workers: int, url: str) -> None:
+def fit(
+    function: Callable[[Any, TrainWorker], None],
+    argument: Any,
+    workers: int,
+    url: str,
+    say: Callable[[str], None] = print,
+    retries: int = 3,
+) -> None:
     """Runs `function(argument, worker)` as one Ray Train job of `workers`, with its resume checkpoints in `url`.
 
-    A job started again under the same url goes on from its last checkpoint. Raises the worker's own error.
+    A job started again under the same url goes on from its last checkpoint; so it is, `retries` times at most, when
+    a worker dies: then WorkersLostError. An error that would come again (of data, of numbers) is raised at once.
     """
     from ray import train
     from ray.train.torch import TorchTrainer
@@ -95,26 +109,36 @@ def fit(function: Callable[[Any, TrainWorker], None], argument: Any, workers: in
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     def loop(config: dict[str, Any]) -> None:
+        logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every checkpoint on the root logger
         context = train.get_context()
         config["function"](config["argument"], TrainWorker(context.get_world_rank(), context.get_world_size()))
 
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"function": function, "argument": argument},
-        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=uses_gpus()),
-        run_config=train.RunConfig(
-            name="checkpoints",
-            storage_path=url,
-            failure_config=train.FailureConfig(max_failures=3),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        causes = list(getattr(error, "worker_failures", {}).values())
-        raise (causes[0] if causes else error) from error
+    for attempt in range(retries + 1):
+        trainer = TorchTrainer(
+            loop,
+            train_loop_config={"function": function, "argument": argument},
+            scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=uses_gpus()),
+            run_config=train.RunConfig(
+                name="checkpoints",
+                storage_path=url,
+                checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # its failures are raised here
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except TrainingFailedError as error:
+            failures = list(getattr(error, "worker_failures", {}).values())
+            for failure in failures:
+                cause = getattr(failure, "_base_exc", failure)
+                if isinstance(cause, ValueError | ArithmeticError):
+                    cause.add_note(str(failure))  # the worker's traceback
+                    raise cause from error
+            reason = " ".join(str(failures[0] if failures else error).split())[-300:]
+            if attempt == retries:
+                raise WorkersLostError(f"workers failed {retries + 1} times in {url}, at last: {reason}") from error
+            say(f"a worker failed ({reason}); going on from the last checkpoint, try {attempt + 1} of {retries}")
 
 
 def map_on_actors(
@@ -151,7 +175,7 @@ def map_on_actors(
             result = ray.get(ready)
         except ray.exceptions.RayActorError as error:
             if tries[index] >= attempts:
-                raise RuntimeError(f"task {index} killed its worker {attempts} times: {error}") from error
+                raise WorkersLostError(f"task {index} lost its worker {attempts} times: {error}") from error
             waiting.append(index)
             actor = new_actor()
             start(actor)

@@ -141,9 +141,14 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def data_url(config: Config) -> str:
+    """Where the shards are, or will be."""
+    return storage.absolute(config.data.url or storage.join(config.runs, "data", config.data.name))
+
+
 def open_data(config: Config) -> tuple[str, Manifest]:
     """The shards' folder and manifest, packed first if there are none. Raises ConfigError."""
-    url = storage.absolute(config.data.url or storage.join(config.runs, "data", config.data.name))
+    url = data_url(config)
     try:
         if not storage.exists(storage.join(url, "manifest.json")):
             pack(SOURCES[config.data.name](), url, config.data.shard_samples)
@@ -215,7 +220,7 @@ class Driver:
                 self.connect()
                 kind, leaf = upcoming.kind, upcoming.node
                 phase = GrowingPhase(upcoming.name, kind, url, previous, leaf, self.data_url, self.config)
-                launch.fit(grow, phase, workers, url)
+                launch.fit(grow, phase, workers, url, self.say)
             self._finish(url, upcoming.name, started)
 
     def _read_phase(self, name: str) -> tuple[Topology, Any]:
@@ -230,7 +235,7 @@ class Driver:
             section = self.config.diffusion
             phase = DiffusionPhase(url, self.run.grown_tree, self.data_url, self.config, self.run.record()["bf16"])
             started = time.time()
-            launch.fit(diffuse, phase, workers_for(section.slots, self.config.workers), url)
+            launch.fit(diffuse, phase, workers_for(section.slots, self.config.workers), url, self.say)
             self._finish(url, DIFFUSION, started)
         self._mirror_phase(url, DIFFUSION)
 
@@ -323,19 +328,19 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
     launch.check_workers(config.workers)
     run = open_run(config, fresh)
     with only_driver(run):
-        data_url, manifest = open_data(config)
+        url, manifest = open_data(config)
         record = run.record()
         if record.setdefault("data_digest", manifest.digest) != manifest.digest:
             raise ConfigError(
-                f"RUN {run.url} was made from other data than {data_url} now holds: "
+                f"RUN {run.url} was made from other data than {url} now holds: "
                 "bring the old data back, or use a name=… of its own."
             )
-        run.update(data_digest=manifest.digest, data_url=data_url)
+        run.update(data_digest=manifest.digest, data_url=url)
         mirror = Mirror(uri, config.data.name, run.name, record["id"], artifacts)
         versions = {f"version.{name}": version for name, version in record["versions"].items()}
         tags = {"git_commit": record["commit"] or "unknown", "data_digest": manifest.digest, **versions}
         mirror.open(configs.flat(config), tags, {"config.yaml": config.to_yaml()})
-        driver = Driver(config, run, data_url, mirror, say)
+        driver = Driver(config, run, url, mirror, say)
         numbers = None
         try:
             if driver.grow_tree(until) and until != "tree":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from tdiff import cli, config
+from tdiff import cli, config, storage
 from tdiff.cli import console
+from tdiff.config import Config
+from tdiff.data.shards import read_manifest
+from tdiff.data.sources import SOURCES
 from tdiff.diffusion.condition import Denoiser
-from tdiff.pipeline import open_data, workers_for
+from tdiff.pipeline import data_url, workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import denoiser_spec
@@ -27,6 +30,16 @@ def bytes_per_rank(parameters: int, zero: int, workers: int) -> int:
     return int(weights_kept + gradients_kept + partitioned)
 
 
+def size_of_data(chosen: Config) -> tuple[int, tuple[int, ...]]:
+    """How many training images there are and their shape (I, H, H), from the manifest or the source; writes nothing."""
+    url = data_url(chosen)
+    if storage.exists(storage.join(url, "manifest.json")):
+        manifest = read_manifest(url)
+        return manifest.samples("train"), manifest.shape
+    images = SOURCES[chosen.data.name]().splits["train"].images
+    return len(images), images.shape[1:]
+
+
 def main() -> None:
     parser = cli.parser("plan", "Parameters, steps and memory of a run, before anything runs.")
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one: the digits demo")
@@ -36,14 +49,13 @@ def main() -> None:
     if path is not None and "=" in path:
         path, settings = None, [path, *settings]
     chosen = config.load(path, settings)
-    _, manifest = open_data(chosen)
-    images = manifest.samples("train")
+    images, (channels, image_size, _) = size_of_data(chosen)
 
     topology = Topology.root_with_two_leaves("00-root")
     while len(topology.leaves) < chosen.tree.max_leaves:
         shallowest = min(topology.leaves, key=lambda leaf: topology[leaf].depth)
         topology = topology.split(shallowest, "plan")
-    tree = TreeVAE(chosen.tree_spec(manifest.shape[0], manifest.shape[1]), topology)
+    tree = TreeVAE(chosen.tree_spec(channels, image_size), topology)
     denoiser = Denoiser(denoiser_spec(chosen, tree))
     epochs, section = chosen.tree.epochs, chosen.diffusion
     per_epoch = images // chosen.tree.batch

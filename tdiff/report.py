@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from tdiff import cli, results, storage
+from tdiff import cli, results
 from tdiff.cli import console
 from tdiff.config import ConfigError
-from tdiff.runs import Run
+from tdiff.runs import existing
 
 
 def main() -> None:
     parser = cli.parser("report", "Draws a trained run's figures anew and writes its report.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
-    run = Run(storage.absolute(parser.parse_args().run))
+    run = existing(parser.parse_args().run)
     if results.evaluation(run) is None:
         raise ConfigError(f"RUN {run.url} is not evaluated yet: finish it with python -m tdiff.train.")
     results.figures(run)

@@ -42,9 +42,12 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
         "num": config.samples.per_leaf,
         "seed": config.seed,
         "leaf": None,
-        **{key: getattr(config.samples, key) for key in ("batch", "steps", "sampler", "grid")},
+        **{key: getattr(config.samples, key) for key in ("steps", "sampler", "grid")},
     }
     chosen = defaults | {key: value for key, value in settings.items() if value is not None}
+    # Few images are one smaller shard: what a shard computes beyond them would be thrown away.
+    per_draw = leaves if str(chosen["mode"]).endswith("all-leaves") else 1
+    chosen.setdefault("batch", max(1, min(config.samples.batch, int(chosen["num"]) * per_draw)))
     leaf, steps, most = chosen["leaf"], chosen["steps"], config.diffusion.timesteps
     if leaf is not None and not 0 <= leaf < leaves:
         raise ConfigError(f"leaf={leaf} does not exist: RUN {run.url} has leaves 0 to {leaves - 1}.")

@@ -63,3 +63,10 @@ class Run:
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json."""
         storage.write_text(self.at("run.json"), json.dumps({**self.record(), **entries}, indent=2) + "\n")
+
+
+def existing(url: str) -> Run:
+    """The run in a folder, local or s3://. Raises ConfigError if there is none."""
+    run = Run(storage.absolute(url.rstrip("/")))
+    run.record()
+    return run

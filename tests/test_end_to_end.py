@@ -1,0 +1,259 @@
+"""The main job for real: Ray, DeepSpeed, MLflow, files. A tiny run, interrupted and straight through.
+
+Protects the promises a user meets first: the same command goes on after a kill, redoing at most the interrupted
+phase, to the very same weights; a finished run is a no-op; what a run leaves is complete and readable; problems are
+one sentence before a worker starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors.torch import load_file
+
+from tdiff.data.shards import read_manifest
+from tdiff.runs import Run
+from tdiff.work.growing import load_topology, load_tree
+from tdiff.work.sampling import read_samples
+
+TINY = [
+    "name=tiny",
+    "tree.features=3",
+    "tree.max_leaves=3",
+    "tree.epochs.initial=3",
+    "tree.epochs.split=2",
+    "tree.epochs.final=2",
+    "diffusion.images=2560",
+    "diffusion.width=16",
+    "diffusion.checkpoint_images=640",
+    "samples.per_leaf=12",
+    "samples.draws=100",
+    "samples.draws_all_leaves=2",
+    "samples.steps=4",
+    "samples.batch=40",
+]
+
+
+def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"tdiff.{module}", *arguments], cwd=cwd, text=True, capture_output=True, timeout=400
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose runs/tiny was trained without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = command("train", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "TreeVAE, held-out images" in done.stdout
+    return folder
+
+
+def tiny(folder: Path) -> Run:
+    return Run(str(folder / "runs" / "tiny"))
+
+
+def test_what_a_run_leaves(straight: Path) -> None:
+    run = tiny(straight)
+    phases = run.tree_phases()
+    assert [phase.split("-")[1] for phase in phases] == ["root", "split", "prune", "finetune"]
+    folder = Path(run.url)
+    for phase in phases:
+        assert {"model.safetensors", "tree.json", "COMPLETE"} <= {f.name for f in (folder / "tree" / phase).iterdir()}
+        load_tree(str(folder / "tree" / phase))
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    assert numbers["leaves"] == len(load_topology(run.grown_tree).leaves)
+    assert 0 < numbers["clustering"]["tree_test"]["nmi"] < 1
+    assert numbers["samples"]["treediffusion"]["classifier_frechet"] > 0
+    for name in ("tree", "leaves", "root-draw", "samples", "losses-tree", "losses-diffusion"):
+        with Image.open(folder / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300, f"{name}.png is too small to look at"
+    page = (folder / "report" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_samples_are_shards_with_their_place_in_the_tree(straight: Path) -> None:
+    run = tiny(straight)
+    topology = load_topology(run.grown_tree)
+    samples = read_samples(run.at("samples", "prior"))
+    assert samples.images.shape == (100, 1, 8, 8)
+    for entry in samples.entries:
+        assert entry["path"] == list(topology.path(topology.leaves[int(str(entry["leaf"]))]))
+    draws = read_samples(run.at("samples", "root-draws"))
+    assert [(e["draw"], e["leaf"]) for e in draws.entries] == [
+        (draw, leaf) for draw in range(2) for leaf in range(len(topology.leaves))
+    ]
+
+
+def test_mlflow_mirrors_the_run(straight: Path) -> None:
+    client = MlflowClient(f"sqlite:///{straight}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    parent = parents[0]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    assert parent.data.params["diffusion.images"] == "2560"
+    assert parent.data.tags["git_commit"]
+    assert "clustering.tree_test.nmi" in parent.data.metrics
+    steps = [metric.step for metric in client.get_metric_history(children["diffusion"].info.run_id, "loss")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 20
+    assert {"learning_rate", "grad_norm", "images"} <= set(children["diffusion"].data.metrics)
+    pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "figures")}
+    assert "figures/tree.png" in pictures
+
+
+def test_a_finished_run_is_a_no_op(straight: Path) -> None:
+    folder = Path(tiny(straight).url)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    started = time.monotonic()
+    again = command("train", *TINY, cwd=straight)
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - started < 15
+    assert "TreeVAE, held-out images" in again.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+
+
+def test_killed_and_resumed_equals_straight_through(straight: Path, tmp_path: Path) -> None:
+    """SIGKILL to the driver's process group in a split, and again in the diffusion after its first checkpoint."""
+    run = tiny(tmp_path)
+    kills = [Path(run.at("tree", "00-root", "COMPLETE")), Path(run.at("diffusion", "metrics", "000000005.jsonl"))]
+    for sign in kills:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tdiff.train", *TINY],
+            cwd=tmp_path,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as driver:
+            deadline = time.monotonic() + 240
+            while not sign.exists() and time.monotonic() < deadline:
+                assert driver.poll() is None, f"the run ended before {sign.name} appeared"
+                time.sleep(0.02)
+            assert sign.exists()
+            os.killpg(driver.pid, signal.SIGKILL)
+    kept = {phase: Path(run.at("tree", phase, "model.safetensors")).stat().st_mtime_ns for phase in run.tree_phases()}
+    assert not Path(run.at("diffusion", "COMPLETE")).exists()
+
+    done = command("train", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for phase, written in kept.items():
+        assert Path(run.at("tree", phase, "model.safetensors")).stat().st_mtime_ns == written, f"{phase} was redone"
+    for file in (*(f"tree/{phase}/model" for phase in run.tree_phases()), "diffusion/ema"):
+        ours, theirs = (load_file(Path(r.at(f"{file}.safetensors"))) for r in (run, tiny(straight)))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) for name in ours), f"{file} differs from the undisturbed run's"
+    lines = {}
+    for r in (run, tiny(straight)):
+        parts = sorted(Path(r.at("diffusion", "metrics")).iterdir())
+        lines[r.url] = [line for part in parts for line in part.read_text().splitlines()]
+    assert lines[run.url] == lines[tiny(straight).url], "steps were lost, doubled or changed"
+    for name in ("prior", "root-draws"):
+        shards = [Path(r.at("samples", name, "shard-000000.tar")).read_bytes() for r in (run, tiny(straight))]
+        assert shards[0] == shards[1]
+
+
+def test_generate_draws_the_same_whatever_the_workers(straight: Path) -> None:
+    run = tiny(straight)
+    shards = []
+    for workers in ("1", "2"):
+        options = ("--num", "60", "--leaf", "1", "--seed", "5", "--batch", "20", "--steps", "3")
+        done = command("generate", run.url, *options, "--workers", workers, "--out", f"w{workers}", cwd=straight)
+        assert done.returncode == 0, done.stderr
+        shards.append([file.read_bytes() for file in sorted(Path(run.at("samples", f"w{workers}")).glob("*.tar"))])
+        entries = read_samples(run.at("samples", f"w{workers}")).entries
+        assert {entry["leaf"] for entry in entries} == {1}
+        assert [entry["index"] for entry in entries] == list(range(60))
+    assert shards[0] == shards[1]
+    other = command("generate", run.url, "--num", "61", "--out", "w1", cwd=straight)
+    assert other.returncode == 2
+    assert "another job" in other.stderr
+
+
+def test_evaluate_and_report_again(straight: Path) -> None:
+    run = tiny(straight)
+    before = json.loads(Path(run.at("evaluation.json")).read_text())
+    assert command("evaluate", run.url, cwd=straight).returncode == 0
+    assert json.loads(Path(run.at("evaluation.json")).read_text()) == before
+    assert command("report", run.url, cwd=straight).stdout.strip().endswith("report/index.html")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("train", ["tree.max_leafs=4"], "tree.max_leaves"),
+        ("train", ["tree.max_leaves=many"], "tree.max_leaves='many'"),
+        ("train", ["tree.learning_rate=-1"], "greater than 0"),
+        ("train", ["configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
+        ("train", ["workers=99"], "workers=99 is more than"),
+        ("train", ["tree.batch=127"], "tree.batch=127 cannot be divided"),
+        ("train", ["runs=/proc/nowhere"], "/proc/nowhere"),
+        ("train", ["--until", "lunch"], "--until lunch"),
+        ("train", ["tree.batch=4096"], "tree.batch=4096"),
+        ("generate", ["nowhere"], "is not a run folder"),
+        ("evaluate", ["nowhere"], "is not a run folder"),
+        ("report", ["nowhere"], "is not a run folder"),
+        ("pack", ["imagenet", "x"], "SOURCE imagenet is not known"),
+        ("plan", ["tree.batch=127"], "tree.batch=127 cannot be divided"),
+    ],
+)
+def test_bad_input_is_one_sentence(module: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = command(module, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert done.stderr.startswith("tdiff: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
+    run = tiny(straight)
+    for module, arguments, words in (
+        ("train", [*TINY, "seed=1"], "belongs to another config (seed: 1 here, 0 there)"),
+        ("generate", [run.url, "--leaf", "9"], "leaf=9 does not exist"),
+        ("generate", [run.url, "--steps", "1001"], "steps=1001"),
+        ("generate", [run.url, "--mode", "reconstruct", "--num", "298"], "297 test images"),
+    ):
+        done = command(module, *arguments, cwd=straight)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_pack_and_train_on_what_was_packed(straight: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "digits"
+    done = command("pack", "digits", str(dest), "--shard-samples", "700", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(str(dest))
+    assert [shard.samples for shard in manifest.splits["train"]] == [700, 700, 100]
+    assert command("pack", "digits", str(dest), cwd=tmp_path).returncode == 2
+    until = command("train", *TINY, f"data.url={dest}", "--until", "00-root", cwd=tmp_path)
+    assert until.returncode == 0, until.stderr
+    assert tiny(tmp_path).tree_phases() == ["00-root"]
+    # The shards' cut does not matter: same images, same order, same weights.
+    ours, theirs = (load_file(Path(r.at("tree/00-root/model.safetensors"))) for r in (tiny(tmp_path), tiny(straight)))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
+    done = command("train", *TINY, "tree.learning_rate=1e30", "--until", "tree", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("tdiff: 00-root, step ")
+    assert "not finite" in last
+    assert not list((tmp_path / "runs").rglob("COMPLETE"))

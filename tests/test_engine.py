@@ -1,0 +1,676 @@
+"""Protects the training loop: what a run computes depends on neither the back-end, the workers, ZeRO, nor kills.
+
+Promises 2 and 3 of DESIGN.md, on the real tasks of the product (root, split, diffusion) over real digits:
+
+    golden       losses of the plain back-end are those recorded in tests/golden (after a change that is MEANT to
+                 move them: TDIFF_RECORD_GOLDEN=1 pytest tests/test_engine.py -k golden, and say why in the commit)
+    Adam         DeepSpeed's update is torch.optim.Adam with L2, not AdamW
+    workers      plain = DeepSpeed with 1, 2 and 4 workers = ZeRO 0, 1, 2, 3: losses, batch-norm statistics, EMA
+    resume       killed and resumed equals straight through, bit for bit, metric lines included
+    non-finite   stops every worker before the update
+    split        trains every new parameter, and nothing else moves
+
+Workers are forked from a server that has imported torch and DeepSpeed: no Ray, about a second a group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save as save_arrays
+from torch import Tensor, nn
+
+from tdiff import engine, storage
+from tdiff.config import Config, validated
+from tdiff.data.shards import pack
+from tdiff.data.sources import digits
+from tdiff.diffusion.ema import gamma_from_width
+from tdiff.engine import Batch, NonFiniteError, Task
+from tdiff.tracking import read_metrics
+from tdiff.tree.model import TreeVAE
+from tdiff.tree.topology import Topology
+from tdiff.work.diffusing import DiffusionPhase, diffuse
+from tdiff.work.growing import GrowingPhase, grow, save_tree
+
+GOLDEN = Path(__file__).parent / "golden"
+RECORD = os.environ.get("TDIFF_RECORD_GOLDEN") == "1"
+EMA_WIDTH = 0.1
+
+Tensors = dict[str, Tensor]
+
+
+# --- jobs: the product's own tasks, made small ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `engine.train`. kind: root, split or diffusion; name: folder of its metrics and checkpoints."""
+
+    kind: str
+    home: Path
+    name: str
+    steps: int
+    slots: int = 4
+    zero: int = 0
+    keep_every: int = 10**6
+    restore: int | None = None
+    """Number of the kept checkpoint to go on from, counted from 0."""
+    dies_at: int | None = None
+    """The step at which every worker is lost."""
+    nan_at: tuple[int, int] | None = None
+    """(step, slot) whose images are NaN."""
+    still: bool = False
+    """A learning rate of 0: only running statistics move."""
+
+    @property
+    def folder(self) -> Path:
+        return self.home / self.name
+
+
+@dataclass
+class Result:
+    """What one worker saw of a job."""
+
+    initial: Tensors
+    weights: Tensors
+    """Parameters and buffers at the end, partitions gathered."""
+    trained: set[str]
+    averages: Tensors = field(default_factory=dict)
+    history: list[Tensors] = field(default_factory=list)
+    """Trained weights after every step, where asked for."""
+    error: str = ""
+
+
+class Lost(Exception):
+    """Stands for kill -9: nothing of the loop runs after it."""
+
+
+class FolderWorker:
+    """A worker whose checkpoints are kept in FOLDER/checkpoints/NUMBER, the workers' files merged as Ray does."""
+
+    def __init__(self, rank: int, world: int, folder: Path, restore: int | None = None):
+        self.rank, self.world = rank, world
+        self.folder, self.restore, self.kept = folder / "checkpoints", restore, 0
+
+    def restored(self) -> Path | None:
+        return None if self.restore is None else self.folder / str(self.restore)
+
+    def keep(self, directory: Path) -> None:
+        shutil.copytree(directory, self.folder / str(self.kept), dirs_exist_ok=True)
+        self.kept += 1
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class _Captured(Exception):
+    pass
+
+
+def small_config(slots: int = 4, zero: int = 1) -> Config:
+    tree = {"features": 3, "max_leaves": 4, "latent_channels": 4, "feature_channels": 16, "batch": 64, "slots": slots}
+    diffusion = {"width": 8, "heads": 2, "batch": 32, "slots": slots, "warmup_images": 320, "zero": zero}
+    return validated({"tree": tree, "diffusion": diffusion | {"ema": EMA_WIDTH}})
+
+
+def task_of(job: Job) -> Task:
+    """The task that the product itself would train, with the job's steps, checkpoints and mishaps."""
+    url, settings = str(job.folder), small_config(job.slots, job.zero)
+    start, data_url = str(job.home / "start"), str(job.home / "data")
+    captured: list[Task] = []
+
+    def capture(task: Task, worker: Any) -> Any:
+        captured.append(task)
+        raise _Captured
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(_Captured):
+        patch.setattr(engine, "train", capture)
+        worker = FolderWorker(0, 1, job.folder)
+        if job.kind == "root":
+            grow(GrowingPhase("00-root", "root", url, None, None, data_url, settings), worker)
+        elif job.kind == "split":
+            grow(GrowingPhase("01-split-1", "split", url, start, 1, data_url, settings), worker)
+        else:
+            diffuse(DiffusionPhase(url, start, data_url, settings, bf16=False), worker)
+    (task,) = captured
+    given = task.batch
+
+    def batch(step: int, slot: int) -> Batch:
+        if step == job.dies_at:
+            raise Lost
+        tensors = given(step, slot)
+        if (step, slot) == job.nan_at:
+            tensors["images"] = tensors["images"] * torch.nan
+        return tensors
+
+    if job.still:
+        task = dataclasses.replace(task, learning_rate=lambda step: 0.0)
+    return dataclasses.replace(
+        task, batch=batch, steps=job.steps, checkpoint_images=job.keep_every * task.batch_size, log_every=1
+    )
+
+
+def state_of(task: Task) -> Tensors:
+    """A copy of all parameters and buffers, gathered where ZeRO 3 has cut them up."""
+    parameters = list(task.objective.parameters())
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters):
+            return {name: t.detach().clone() for name, t in task.objective.state_dict().items()}
+    return {name: t.detach().clone() for name, t in task.objective.state_dict().items()}
+
+
+def train(job: Job, rank: int = 0, world: int = 1, history: bool = False) -> Result:
+    """Runs a job as worker `rank`; non-finite losses and losses of workers come back as `error`."""
+    task = task_of(job)
+    trained = {name for name, p in task.objective.named_parameters() if p.requires_grad}
+    result = Result(state_of(task), {}, trained)
+    if history:
+        plain = task.batch
+
+        def watched(step: int, slot: int) -> Batch:
+            if slot == 0 and step > 0:
+                result.history.append(state_of(task))
+            return plain(step, slot)
+
+        task = dataclasses.replace(task, batch=watched)
+    try:
+        result.averages = engine.train(task, FolderWorker(rank, world, job.folder, job.restore)).averages
+    except (NonFiniteError, Lost) as error:
+        result.error = f"{type(error).__name__}: {error}"
+    result.weights = state_of(task)
+    if history:
+        result.history.append(result.weights)
+    return result
+
+
+def train_all(rank: int, world: int, jobs: list[Job]) -> list[Result]:
+    return [train(job, rank, world) for job in jobs]
+
+
+def metrics(job: Job) -> list[dict[str, Any]]:
+    return read_metrics(str(job.folder / "metrics"))
+
+
+def losses(job: Job) -> list[float]:
+    lines = metrics(job)
+    assert [line["step"] for line in lines] == list(range(1, job.steps + 1))
+    return [line["loss"] for line in lines]
+
+
+# --- workers without Ray -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _server() -> None:
+    """Starts the fork server with all that a worker imports, on CPU whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        patch.setenv("DS_LOG_LEVEL", "error")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.set_forkserver_preload(["deepspeed", "test_engine"])
+        forkserver.ensure_running()
+
+
+def _work(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # as Ray Train does
+    try:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        torch.save(function(rank, world, *arguments), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+Launch = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="session")
+def launch(_server: None, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    context = multiprocessing.get_context("forkserver")
+
+    def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """function(rank, world, *arguments) in `world` new processes with a process group; their results by rank."""
+        folder = tmp_path_factory.mktemp("group")
+        processes = [context.Process(target=_work, args=(r, world, folder, function, arguments)) for r in range(world)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 120
+        try:
+            while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                if any(process.exitcode for process in processes):
+                    deadline = min(deadline, time.monotonic() + 5)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        errors = [file.read_text() for file in sorted(folder.glob("*.error"))]
+        if errors or any(process.exitcode for process in processes):
+            pytest.fail(f"exit codes {[p.exitcode for p in processes]} of {world} workers\n" + "\n".join(errors))
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+    return launch
+
+
+# --- a home for jobs -----------------------------------------------------------------------------
+
+
+def make_home(home: Path) -> Path:
+    """A folder with the packed digits, and a tree to start from that needs no training (so no rounding)."""
+    pack(digits(), str(home / "data"), 500)
+    torch.manual_seed(0)
+    model = TreeVAE(small_config().tree_spec(1, 8), Topology.root_with_two_leaves("00-root"))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1)
+    save_tree(str(home / "start"), model)
+    left = np.random.default_rng(0).random((1500, 1)).astype(np.float32)
+    storage.write_bytes(str(home / "start" / "routing.safetensors"), save_arrays({"train": left}))
+    return home
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def fresh(home: Path, tmp_path: Path) -> Path:
+    """The same data and start in a folder of the test's own."""
+    for name in ("data", "start"):
+        (tmp_path / name).symlink_to(home / name)
+    return tmp_path
+
+
+# --- golden losses -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("root", 100), ("split", 60), ("diffusion", 60)])
+def test_golden_losses(fresh: Path, kind: str, steps: int) -> None:
+    job = Job(kind, fresh, kind, steps, slots=2)
+    train(job)
+    found, file = losses(job), GOLDEN / f"{kind}.json"
+    if RECORD:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"torch": torch.__version__, "losses": found}, indent=0) + "\n")
+        pytest.skip(f"recorded {file}")
+    golden = json.loads(file.read_text())["losses"]
+    assert np.mean(golden[-10:]) < 0.95 * np.mean(golden[:10]), "a golden run that does not learn protects nothing"
+    np.testing.assert_allclose(found[:10], golden[:10], rtol=1e-5)
+    np.testing.assert_allclose(found, golden, rtol=1e-3)
+
+
+# --- back-ends, workers, ZeRO --------------------------------------------------------------------
+
+STEPS = 50
+ZERO_STEPS = 20
+STILL_STEPS = 5
+PHASES = {"root": 0, "split": 0, "diffusion": 1}  # kind -> ZeRO stage, as the product has it
+
+
+def parity_job(home: Path, kind: str, label: str) -> Job:
+    return Job(kind, home, f"{kind}-{label}", STEPS, zero=PHASES[kind])
+
+
+def still_job(home: Path, label: str) -> Job:
+    return Job("root", home, f"still-{label}", STILL_STEPS, still=True)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Every phase by the plain back-end; of diffusion the weights after every step too."""
+
+    phases: dict[str, Result]
+    still: Result
+
+
+@pytest.fixture(scope="session")
+def plain(home: Path) -> Reference:
+    phases = {kind: train(parity_job(home, kind, "plain"), history=kind == "diffusion") for kind in PHASES}
+    return Reference(phases, train(still_job(home, "plain")))
+
+
+@pytest.fixture(scope="session")
+def by_workers(home: Path, launch: Launch) -> Callable[[int], dict[str, list[Result]]]:
+    """The same by DeepSpeed on so many workers: kind -> results by rank. Each number of workers runs once."""
+    done: dict[int, dict[str, list[Result]]] = {}
+
+    def by_workers(world: int) -> dict[str, list[Result]]:
+        if world not in done:
+            jobs = [parity_job(home, kind, str(world)) for kind in PHASES] + [still_job(home, str(world))]
+            ranks = launch(world, train_all, jobs)
+            done[world] = {kind: [results[i] for results in ranks] for i, kind in enumerate([*PHASES, "still"])}
+        return done[world]
+
+    return by_workers
+
+
+def power_average(history: list[Tensors]) -> Tensors:
+    """The EMA that sampling uses, in float64 and in closed form, from the weights after each of t steps."""
+    steps, power = len(history), gamma_from_width(EMA_WIDTH) + 1
+    shares = [(i / steps) ** power - ((i - 1) / steps) ** power for i in range(1, steps + 1)]
+    return {n: sum(s * h[n].double() for s, h in zip(shares, history, strict=True)).float() for n in history[0]}
+
+
+def assert_same_everywhere(results: list[Result]) -> None:
+    """All workers hold the same weights, buffers and averages, to the last bit."""
+    for result in results[1:]:
+        assert_identical(result.weights, results[0].weights)
+        assert_identical(result.averages, results[0].averages)
+
+
+def assert_identical(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_close(found: Tensors, expected: Tensors, rtol: float, atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", PHASES)
+def test_one_deepspeed_worker_equals_the_plain_back_end(home, plain, by_workers, kind: str) -> None:
+    by_workers(1)
+    found, expected = losses(parity_job(home, kind, "1"))[:20], losses(parity_job(home, kind, "plain"))[:20]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", PHASES)
+def test_metrics_do_not_depend_on_the_workers(home, plain, by_workers, kind: str, world: int) -> None:
+    assert_same_everywhere(by_workers(world)[kind])
+    found, expected = metrics(parity_job(home, kind, str(world))), metrics(parity_job(home, kind, "plain"))
+    assert len(found) == STEPS
+    for line, reference in zip(found, expected, strict=True):
+        assert line == pytest.approx(reference, rel=1e-4, abs=1e-6), f"step {reference['step']}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_running_statistics_do_not_depend_on_the_workers(plain, by_workers, world: int) -> None:
+    """At a learning rate of 0 the statistics are all that moves, and they are the same.
+
+    While weights move, only the variances can be compared: a bias before batch norm has a gradient of 0 but
+    for rounding, Adam makes steps of full length of that, and the running means follow.
+    """
+    (found, *_), expected = by_workers(world)["still"], plain.still
+    moved = {n for n in expected.weights if not torch.equal(expected.weights[n], expected.initial[n])}
+    assert moved == {n for n in expected.weights if n.endswith(("running_mean", "running_var"))}
+    assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
+    found, expected = by_workers(world)["root"][0], plain.phases["root"]
+    variances = [name for name in expected.weights if name.endswith("running_var")]
+    assert variances
+    assert_close(
+        {n: found.weights[n] for n in variances}, {n: expected.weights[n] for n in variances}, rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ema_does_not_depend_on_the_workers(plain, by_workers, world: int) -> None:
+    reference = plain.phases["diffusion"]
+    assert len(reference.history) == STEPS
+    expected = power_average([{n: h[n] for n in reference.trained} for h in reference.history])
+    for averages in (reference.averages, by_workers(world)["diffusion"][0].averages):
+        assert_close(averages, expected, rtol=1e-4, atol=1e-5)
+    moved = max((expected[n] - reference.initial[n]).abs().max().item() for n in expected)
+    assert moved > 1e-2, "the average must have gone further than the tolerance"
+
+
+def test_zero_stages_are_equal(home, launch, plain) -> None:
+    """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMA as in closed form from the plain weights."""
+    jobs = [Job("diffusion", home, f"zero-{zero}", ZERO_STEPS, zero=zero) for zero in range(4)]
+    ranks = launch(2, train_all, jobs)
+    history = plain.phases["diffusion"].history[:ZERO_STEPS]
+    expected = power_average([{n: h[n] for n in plain.phases["diffusion"].trained} for h in history])
+    for i, job in enumerate(jobs):
+        results = [r[i] for r in ranks]
+        assert_same_everywhere(results)
+        np.testing.assert_allclose(losses(job), losses(parity_job(home, "diffusion", "plain"))[:ZERO_STEPS], rtol=1e-5)
+        assert_close(results[0].averages, expected, rtol=1e-4, atol=1e-5)
+        assert_close(results[0].weights, history[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_trains_the_new_networks_and_nothing_else(by_workers) -> None:
+    for result in by_workers(2)["split"]:
+        moved = {n for n in result.weights if not torch.equal(result.weights[n], result.initial[n])}
+        new = tuple(f"model.nodes.{part}." for part in ("1.prior_router", "1.posterior_router", "3", "4"))
+        parameters = {n for n in result.trained if n.startswith(new)}
+        assert parameters == result.trained
+        assert result.trained <= moved, f"never moved: {sorted(result.trained - moved)}"
+        statistics = {n for n in result.weights if n.startswith(new) and "running_" in n}
+        assert moved == result.trained | statistics, "frozen, and yet moved"
+
+
+# --- resume --------------------------------------------------------------------------------------
+
+KEEP, HALF, DEATH, LAST = 3, 6, 11, 12  # checkpoints after steps 3, 6, 9; the second one is gone on from
+
+
+def parts(job: Job) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted((job.folder / "metrics").iterdir())}
+
+
+def resume_jobs(home: Path, kind: str, zero: int) -> tuple[Job, Job, Job]:
+    """The straight run, the run that is lost, and the one that goes on from half way."""
+    straight = Job(kind, home, f"{kind}-{zero}-straight", LAST, zero=zero, keep_every=KEEP)
+    lost = dataclasses.replace(straight, name=f"{kind}-{zero}-lost", dies_at=DEATH)
+    return straight, lost, dataclasses.replace(lost, dies_at=None, restore=HALF // KEEP - 1)
+
+
+def assert_resumed(straight: Job, lost: Job, results: tuple[Result, Result, Result], before: dict[str, str]) -> None:
+    """before: the metric parts that the lost run had written."""
+    expected, killed, resumed = results
+    assert killed.error.startswith("Lost")
+    assert list(before) == [f"{step:09d}.jsonl" for step in (3, 6, 9)]
+    assert_identical(resumed.weights, expected.weights)
+    assert_identical(resumed.averages, expected.averages)
+    assert parts(lost) == parts(straight)
+    assert list(parts(straight)) == [f"{step:09d}.jsonl" for step in (3, 6, 9, 12)]
+    losses(lost)  # every step once
+
+
+def spoil(job: Job) -> None:
+    """Leaves what a run with other intervals would have: a part beyond the checkpoint that nothing overwrites."""
+    (job.folder / "metrics" / "000000010.jsonl").write_text('{"step": 10, "loss": 0}\n')
+
+
+@pytest.mark.parametrize("kind", PHASES)
+def test_resumed_equals_straight_through_plain(fresh: Path, kind: str) -> None:
+    straight, lost, resumed = resume_jobs(fresh, kind, 0)
+    expected, killed = train(straight), train(lost)
+    before = parts(lost)
+    spoil(lost)
+    assert_resumed(straight, lost, (expected, killed, train(resumed)), before)
+
+
+def test_resumed_equals_straight_through_with_workers(fresh: Path, launch) -> None:
+    """Two workers; the root without ZeRO, diffusion with ZeRO 1, 2 and 3; going on in new processes."""
+    runs = [resume_jobs(fresh, *which) for which in [("root", 0), ("diffusion", 1), ("diffusion", 2), ("diffusion", 3)]]
+    first = launch(2, train_all, [job for straight, lost, _ in runs for job in (straight, lost)])
+    before = [parts(lost) for _, lost, _ in runs]
+    for _, lost, _ in runs:
+        spoil(lost)
+    second = launch(2, train_all, [resumed for _, _, resumed in runs])
+    for i, (straight, lost, _) in enumerate(runs):
+        for rank in range(2):
+            results = (first[rank][2 * i], first[rank][2 * i + 1], second[rank][i])
+            assert_resumed(straight, lost, results, before[i])
+
+
+def test_a_checkpoint_of_two_workers_is_refused_with_one(fresh: Path) -> None:
+    job = Job("diffusion", fresh, "two", 2, restore=0)
+    folder = job.folder / "checkpoints" / "0"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({"step": 1, "world": 2}))
+    with pytest.raises(RuntimeError) as caught:
+        train(job)
+    assert str(caught.value) == ("diffusion has a checkpoint of 2 workers and cannot go on with 1: set workers=2")
+
+
+# --- what must stop ------------------------------------------------------------------------------
+
+
+def test_slots_that_the_workers_cannot_share_are_refused(fresh: Path) -> None:
+    task = task_of(Job("root", fresh, "root", 1, slots=4))
+    with pytest.raises(ValueError, match="4 slots cannot be shared evenly by 3 workers"):
+        engine.train(task, FolderWorker(0, 3, fresh))
+
+
+def test_a_loss_that_is_not_finite_stops_all_workers_before_the_update(fresh: Path, launch) -> None:
+    step, slot = 3, 1  # slot 1 is the second worker's
+    jobs = []
+    for kind, terms in (("root", "loss, reconstruction"), ("diffusion", "loss")):
+        until = Job(kind, fresh, f"{kind}-until", step, zero=PHASES[kind])
+        spoiled = dataclasses.replace(until, name=f"{kind}-nan", steps=step + 2, nan_at=(step, slot))
+        jobs += [(until, spoiled, terms)]
+    ranks = launch(2, train_all, [job for until, spoiled, _ in jobs for job in (until, spoiled)])
+    for i, (until, _, _) in enumerate(jobs):
+        phase = {"root": "00-root", "diffusion": "diffusion"}[until.kind]
+        for results in ranks:
+            before, stopped = results[2 * i : 2 * i + 2]
+            assert before.error == ""
+            assert stopped.error.startswith(f"NonFiniteError: {phase}, step {step}: loss")
+            assert "not finite" in stopped.error
+            assert_identical(stopped.weights, before.weights)
+    assert "reconstruction" in ranks[0][1].error, "the term is named, not only the sum"
+
+
+# --- a toy objective: the optimizer itself -------------------------------------------------------
+
+
+class Line(nn.Module):
+    """Least squares; at step `breaks_at` its gradient is NaN, its loss is not."""
+
+    def __init__(self, breaks_at: int | None):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-2, 2, 7))
+        self.breaks_at = breaks_at
+
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, Tensors]:
+        loss = (batch["x"] @ self.w - batch["y"]).square().mean()
+        if step == self.breaks_at:
+            loss = loss + (self.w - self.w.detach()).abs().sqrt().sum()
+        return loss, {}
+
+
+def line_batch(step: int, slot: int) -> Batch:
+    rng = torch.Generator().manual_seed(100 * step + slot)
+    return {"x": torch.randn(4, 7, generator=rng), "y": torch.randn(4, generator=rng)}
+
+
+RATE, DECAY = 0.1, 0.1
+
+
+def fit_line(rank: int, world: int, zeros: list[int], steps: int, breaks_at: int | None) -> list[tuple[Tensor, str]]:
+    """The weights after `steps` steps, and the error if there was one, for each ZeRO stage."""
+    found = []
+    for zero in zeros:
+        objective, error = Line(breaks_at), ""
+        task = Task("line", objective, line_batch, steps, 8, 2, 0, lambda step: RATE, DECAY, zero=zero, clip=100.0)
+        try:
+            engine.train(task, FolderWorker(rank, world, Path("unused")))
+        except NonFiniteError as problem:
+            error = str(problem)
+        found.append((state_of(task)["w"], error))
+    return found
+
+
+def fit_line_by_torch(steps: int, optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
+    line = Line(None)
+    optimizer = optimizer_class(line.parameters(), lr=RATE, weight_decay=DECAY)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for slot in range(2):
+            (line(line_batch(step, slot), step, torch.Generator())[0] / 2).backward()
+        optimizer.step()
+    return line.w.detach()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_optimizer_is_adam_with_l2(launch, world: int) -> None:
+    one, three = ([w for w, _ in results] for results in launch(world, fit_lines)[0])
+    for steps, found in ((1, one), (3, three)):
+        adam, adamw = fit_line_by_torch(steps, torch.optim.Adam), fit_line_by_torch(steps, torch.optim.AdamW)
+        assert (adam - adamw).abs().max() > 1e-2, "the two must be told apart here"
+        for zero, w in enumerate(found):
+            torch.testing.assert_close(w, adam, rtol=1e-6, atol=1e-6, msg=lambda m, z=zero: f"ZeRO {z}: {m}")
+
+
+def fit_lines(rank: int, world: int) -> list[list[tuple[Tensor, str]]]:
+    return [fit_line(rank, world, [0, 1, 2, 3], steps, None) for steps in (1, 3)]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(launch) -> None:
+    expected = fit_line_by_torch(2, torch.optim.Adam)
+    found = [fit_line(0, 1, [0], 5, 2)[0]] + [
+        pair for results in launch(2, fit_line, [0, 1, 2, 3], 5, 2) for pair in results
+    ]
+    for w, error in found:
+        assert error.startswith("line, step 2: gradient not finite")
+        torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- means over the workers ----------------------------------------------------------------------
+
+
+def average(rank: int, world: int) -> list[Tensor]:
+    values = [
+        torch.tensor(float(rank)),
+        torch.full((2, 3), 2.0**rank),
+        torch.zeros(0),
+        torch.arange(4.0).reshape(2, 2).T * rank,  # not contiguous
+        torch.tensor(float("nan") if rank == 1 else 1.0),
+        torch.full((5,), 0.1),
+        torch.randn(1000, generator=torch.Generator().manual_seed(rank)),
+    ]
+    engine.average_over_workers(values, world)
+    return values
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_average_over_workers_is_exact(launch, world: int) -> None:
+    ranks = launch(world, average)
+    mean, powers, empty, turned, spoiled, tenth, noise = ranks[0]
+    assert mean == (world - 1) / 2
+    assert torch.equal(powers, torch.full((2, 3), (2.0**world - 1) / world))
+    assert empty.numel() == 0
+    assert torch.equal(turned, torch.arange(4.0).reshape(2, 2).T * (world - 1) / 2)
+    assert spoiled.isnan(), "one worker's NaN is everybody's"
+    assert torch.equal(tenth, torch.full((5,), 0.1))
+    draws = [torch.randn(1000, generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    torch.testing.assert_close(noise, torch.stack(draws).double().mean(0).float(), rtol=0, atol=2e-7)
+    for other in ranks[1:]:
+        assert all(torch.equal(a, b) or a.isnan() for a, b in zip(ranks[0], other, strict=True))
+
+
+def test_one_worker_needs_no_process_group() -> None:
+    values = [torch.tensor(3.0)]
+    engine.average_over_workers(values, 1)
+    assert values == [torch.tensor(3.0)]

@@ -1,0 +1,410 @@
+"""Protects the driver's decisions: which phase comes next, whose run folder it is, what stops a run before it starts.
+
+Nothing here starts a worker: next phases are decided on hand-made histories, and every refusal must come before Ray.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from tdiff import config as configs
+from tdiff import launch, pipeline
+from tdiff.config import Config, ConfigError
+from tdiff.data.shards import Manifest, Shard, pack, read_manifest
+from tdiff.data.sources import Source, Split
+from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, only_driver, open_data, open_run, train, workers_for
+from tdiff.runs import Run
+from tdiff.tree.topology import Topology
+
+TWO = Topology.root_with_two_leaves("00-root")
+THREE = TWO.split(1, "01-split-1")  # leaves 3, 4, 2
+FOUR = THREE.split(2, "02-split-2")  # leaves 3, 4, 5, 6
+
+
+def sent(topology: Topology, counts: list[int]) -> np.ndarray:
+    """Routing [M, R] that surely sends counts[k] images to leaf index k."""
+    rows = []
+    for leaf, count in zip(topology.leaves, counts, strict=True):
+        left = np.full(len(topology.deciding), 0.5)
+        for node, child in itertools.pairwise(topology.path(leaf)):
+            if node in topology.deciding:
+                left[topology.deciding.index(node)] = topology[child].side == "left"
+        rows += [left] * count
+    return np.array(rows)
+
+
+def configured(*settings: str) -> Config:
+    return configs.load(None, ["tree.batch=4", "tree.slots=1", *settings])
+
+
+def after(done: list[str], topology: Topology, counts: list[int], *settings: str) -> NextPhase | None:
+    """What comes after `done`, whose last phase left this tree and sent so many images to its leaves."""
+
+    def read(name: str) -> tuple[Topology, Any]:
+        assert name == done[-1]  # only the last phase's numbers decide
+        return topology, sent(topology, counts)
+
+    return next_tree_phase(done, configured(*settings), read)
+
+
+def history(*settings: str) -> list[str]:
+    """All phases of a run in which every split divides the images evenly."""
+    config, done, topology = configured(*settings), list[str](), TWO
+    while True:
+        counts = [60 // len(topology.leaves) + (k < 60 % len(topology.leaves)) for k in range(len(topology.leaves))]
+        upcoming = next_tree_phase(done, config, lambda _, t=topology, c=counts: (t, sent(t, c)))
+        if upcoming is None:
+            return done
+        assert upcoming.name == f"{len(done):02d}-{upcoming.name[3:]}"
+        assert kind_of(upcoming.name) == upcoming.kind
+        assert pipeline.PHASE_NAME.fullmatch(upcoming.name)
+        if upcoming.kind == "split":
+            assert upcoming.node is not None
+            assert upcoming.name.endswith(f"-split-{upcoming.node}")
+            topology = topology.split(upcoming.node, upcoming.name)
+        done.append(upcoming.name)
+
+
+# --- what comes next ---------------------------------------------------------------------------------
+
+
+def test_a_run_from_its_root_to_its_end():
+    assert history("tree.max_leaves=3") == ["00-root", "01-split-1", "02-prune", "03-finetune"]
+    assert history("tree.max_leaves=2") == ["00-root", "01-prune", "02-finetune"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        # after every third split, but not after the last one, which finetuning follows
+        (["tree.max_leaves=5"], "root split split split prune finetune"),
+        (["tree.max_leaves=6"], "root split split split refit split prune finetune"),
+        (["tree.max_leaves=8"], "root split split split refit split split split prune finetune"),
+        (["tree.max_leaves=9"], "root split split split refit split split split refit split prune finetune"),
+        (["tree.max_leaves=6", "tree.epochs.refit=0"], "root split split split split prune finetune"),
+        (["tree.max_leaves=4", "tree.refit_every=1"], "root split refit split prune finetune"),
+        (["tree.max_leaves=6", "tree.refit_every=2"], "root split split refit split split prune finetune"),
+    ],
+)
+def test_refits_come_after_every_third_split(settings: list[str], kinds: str):
+    assert [kind_of(name) for name in history(*settings)] == kinds.split()
+
+
+def test_the_leaf_with_most_members_is_split_and_named_by_its_node():
+    assert after(["00-root"], TWO, [20, 30]) == NextPhase("01-split-2", "split", node=2)
+    assert after(["00-root"], TWO, [30, 20]) == NextPhase("01-split-1", "split", node=1)
+    three = after(["00-root", "01-split-1"], THREE, [10, 40, 30])
+    assert three == NextPhase("02-split-4", "split", node=4)
+
+
+def test_growing_stops_at_k_effective_leaves_not_at_k_leaves():
+    done = ["00-root", "01-split-1", "02-split-2"]
+    assert after(done, FOUR, [250, 250, 250, 250], "tree.max_leaves=4") == NextPhase("03-prune", "prune")
+    # one of the four is empty: three are effective, so growing goes on
+    more = after(done, FOUR, [500, 0, 250, 250], "tree.max_leaves=4")
+    assert more == NextPhase("03-split-3", "split", node=3)
+
+
+def test_growing_stops_where_no_leaf_can_be_split():
+    # none has a batch of members
+    done = ["00-root", "01-split-1"]
+    assert after(done, THREE, [3, 3, 3]) == NextPhase("02-prune", "prune")
+    # those with members are as deep as the features reach
+    assert after(done, THREE, [50, 50, 3], "tree.features=3", "tree.max_leaves=4") == NextPhase("02-prune", "prune")
+    assert after(done, THREE, [50, 50, 4], "tree.features=3", "tree.max_leaves=4") == NextPhase(
+        "02-split-2", "split", node=2
+    )
+    # and then there is nothing to refit either
+    full = [*done, "02-split-2", "03-split-3"]
+    assert after(full, THREE, [3, 3, 3], "tree.refit_every=1") == NextPhase("04-prune", "prune")
+
+
+def test_empty_leaves_are_pruned_smallest_first():
+    done = ["00-root", "01-split-1", "02-split-2"]
+    pruned = after(done, FOUR, [600, 2, 400, 0], "tree.batch=1024")
+    assert pruned == NextPhase("03-prune", "prune", leaves=(6, 4))
+
+
+def test_the_end_is_the_end_and_asks_nobody():
+    def nobody(name: str) -> tuple[Topology, Any]:
+        raise AssertionError(f"{name} need not be read")
+
+    assert next_tree_phase([], configured(), nobody) == NextPhase("00-root", "root")
+    assert next_tree_phase(["00-root", "01-prune"], configured(), nobody) == NextPhase("02-finetune", "finetune")
+    assert next_tree_phase(["00-root", "01-prune", "02-finetune"], configured(), nobody) is None
+
+
+def test_asking_twice_gives_the_same_answer():
+    done = ["00-root", "01-split-1"]
+    assert after(done, THREE, [10, 40, 30]) == after(done, THREE, [10, 40, 30])
+
+
+@pytest.mark.parametrize(
+    ("slots", "at_most", "workers"),
+    [(1, 8, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (8, 3, 2), (8, 7, 4), (8, 8, 8), (6, 4, 3), (7, 6, 1), (12, 11, 6)],
+)
+def test_workers_are_the_largest_divisor_within_the_bound(slots: int, at_most: int, workers: int):
+    assert workers_for(slots, at_most) == workers
+
+
+# --- opening a run -----------------------------------------------------------------------------------
+
+
+def here(tmp_path: Path, *settings: str) -> Config:
+    """A config with its runs in tmp_path."""
+    return configs.load(None, [f"runs={tmp_path / 'runs'}", "workers=1", "precision=fp32", *settings])
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    """The message with which `train` refuses, which must come before any worker, as one line."""
+    with pytest.raises(ConfigError) as caught:
+        train(*arguments, say=lambda _: None, **options)
+    assert not ray.is_initialized()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_run_is_made_once_and_then_found(tmp_path: Path):
+    config = here(tmp_path)
+    run = open_run(config)
+    assert run.url == str(tmp_path / "runs" / config.run_name)
+    record = run.record()
+    assert run.config() == config
+    assert record["digest"] == config.digest()
+    assert record["bf16"] is False
+    assert {"tdiff", "torch", "ray", "deepspeed"} <= set(record["versions"])
+    assert configs.load(run.at("config.yaml")) == config
+    assert open_run(config) == run
+    assert run.record() == record
+
+
+def test_what_results_do_not_depend_on_may_change(tmp_path: Path):
+    run = open_run(here(tmp_path, "name=mine"))
+    record = run.record()
+    again = here(tmp_path, "name=mine", "workers=2", "tracking=http://elsewhere", "diffusion.checkpoint_images=1")
+    assert open_run(again).record() == record
+
+
+def test_another_config_under_the_same_name_is_refused(tmp_path: Path):
+    run = open_run(here(tmp_path, "name=mine"))
+    before = run.record()
+    with pytest.raises(ConfigError) as caught:
+        open_run(here(tmp_path, "name=mine", "seed=1", "tree.max_leaves=5"))
+    message = str(caught.value)
+    assert run.url in message
+    assert "seed: 1 here, 0 there" in message
+    assert "tree.max_leaves: 5 here, 10 there" in message
+    assert "name=" in message
+    assert "--fresh" in message
+    assert run.record() == before
+    assert configs.load(run.at("config.yaml")).seed == 0
+
+
+def test_without_a_name_another_config_is_another_run(tmp_path: Path):
+    assert open_run(here(tmp_path)).url != open_run(here(tmp_path, "seed=1")).url
+
+
+def test_fresh_starts_over(tmp_path: Path):
+    run = open_run(here(tmp_path, "name=mine"))
+    old = run.record()
+    phase = Path(run.at("tree", "00-root"))
+    phase.mkdir(parents=True)
+    (phase / "COMPLETE").touch()
+    assert run.tree_phases() == ["00-root"]
+    open_run(here(tmp_path, "name=mine", "seed=1"), fresh=True)
+    assert run.tree_phases() == []
+    assert run.config().seed == 1
+    assert run.record()["id"] != old["id"]
+    assert open_run(here(tmp_path, "name=other"), fresh=True).config().name == "other"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "runs").write_text("a file")
+    message = refused(here(tmp_path))
+    assert f"runs={tmp_path / 'runs'}" in message
+    assert "cannot be written" in message
+
+
+def test_a_run_folder_says_what_it_lacks(tmp_path: Path):
+    run = Run(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"is not a run folder: it holds no run\.json"):
+        run.config()
+    with pytest.raises(ConfigError, match="has no finished tree yet"):
+        _ = run.grown_tree
+    run = open_run(here(tmp_path))
+    Path(run.at("run.json")).write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json is not JSON"):
+        run.record()
+    with pytest.raises(ConfigError, match=r"run\.json is not JSON"):
+        open_run(here(tmp_path))
+
+
+def test_a_phase_counts_when_it_is_complete(tmp_path: Path):
+    run = Run(str(tmp_path))
+    for name in ("00-root", "01-split-1", "02-prune", "03-finetune"):
+        folder = tmp_path / "tree" / name
+        folder.mkdir(parents=True)
+        (folder / "tree.json").touch()
+        if name != "03-finetune":
+            (folder / "COMPLETE").touch()
+    assert run.tree_phases() == ["00-root", "01-split-1", "02-prune"]
+    with pytest.raises(ConfigError, match="no finished tree"):
+        _ = run.grown_tree
+    (tmp_path / "tree" / "03-finetune" / "COMPLETE").touch()
+    assert run.grown_tree == str(tmp_path / "tree" / "03-finetune")
+
+
+def test_entries_are_added_to_the_record(tmp_path: Path):
+    run = open_run(here(tmp_path))
+    before = run.record()
+    run.update(data_digest="abc", sampling={"images": 3})
+    assert run.record() == {**before, "data_digest": "abc", "sampling": {"images": 3}}
+
+
+# --- data --------------------------------------------------------------------------------------------
+
+
+def test_data_is_packed_once(tmp_path: Path):
+    config = here(tmp_path)
+    url, manifest = open_data(config)
+    assert url == str(tmp_path / "runs" / "data" / "digits")
+    assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 1500, "test": 297}
+    written = (Path(url) / "manifest.json").stat().st_mtime_ns
+    assert open_data(config) == (url, manifest)
+    assert (Path(url) / "manifest.json").stat().st_mtime_ns == written
+
+
+def data_at(tmp_path: Path, count: int = 40, splits: tuple[str, ...] = ("train", "test"), channels: int = 1) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (count, channels, 8, 8), dtype=np.uint8)
+    folder = tmp_path / f"data-{count}-{channels}"
+    pack(Source("noise", {split: Split(images, None) for split in ("train", *splits)}, None), str(folder), 100)
+    return folder
+
+
+def test_data_that_cannot_be_grown_on_is_refused_before_any_worker(tmp_path: Path):
+    few = data_at(tmp_path)
+    message = refused(here(tmp_path, f"data.url={few}"))
+    assert "tree.batch=128 is more than the 40 training images: take at most 40" in message
+    message = refused(here(tmp_path, f"data.url={few}", "tree.batch=40"))
+    assert "diffusion.batch=128 is more than the 40 training images" in message
+    small = ["tree.batch=4", "diffusion.batch=4"]
+    message = refused(here(tmp_path, f"data.url={data_at(tmp_path, channels=3)}", *small))
+    assert "tree.likelihood=bernoulli" in message
+    assert "gaussian" in message
+    message = refused(here(tmp_path, f"data.url={few}", "tree.size=9", *small))
+    assert "tree.size=9 is more than the images' 8 pixels" in message
+
+
+def test_a_data_set_without_training_images_is_refused(tmp_path: Path):
+    folder = data_at(tmp_path)
+    manifest = read_manifest(str(folder))
+    only = Manifest(manifest.name, manifest.shape, None, {"test": manifest.splits["test"]})
+    (folder / "manifest.json").write_text(only.to_json())
+    assert "has no split named train" in refused(here(tmp_path, f"data.url={folder}"))
+
+
+def test_images_that_are_not_square_are_refused(tmp_path: Path):
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    manifest = Manifest("wide", (1, 8, 9), None, {"train": (Shard("train/shard-000000.tar", 500, 1, "0"),)})
+    (folder / "manifest.json").write_text(manifest.to_json())
+    assert "are 8x9" in refused(here(tmp_path, f"data.url={folder}"))
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path):
+    folder = data_at(tmp_path)
+    (folder / "manifest.json").write_text("{}")
+    message = refused(here(tmp_path, f"data.url={folder}"))
+    assert f"{folder}/manifest.json is damaged" in message
+    assert message.endswith(".")
+
+
+def test_data_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    url = tmp_path / "file" / "data"
+    assert f"data.url={url} cannot be read or written" in refused(here(tmp_path, f"data.url={url}"))
+
+
+def test_changed_data_is_refused(tmp_path: Path):
+    settings = ["tree.batch=4", "diffusion.batch=4", f"data.url={data_at(tmp_path, 40)}"]
+    run = open_run(here(tmp_path, "name=mine", *settings))
+    run.update(data_digest=read_manifest(str(data_at(tmp_path, 44))).digest)
+    message = refused(here(tmp_path, "name=mine", *settings))
+    assert "was made from other data" in message
+    assert str(tmp_path / "data-40-1") in message
+    assert "name=" in message
+
+
+# --- what stops `train` before it starts -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", ["foo", "", "root", "split-3", "03-split", "3-split-4", "00-root "])
+def test_an_unknown_end_is_refused(tmp_path: Path, until: str):
+    message = refused(here(tmp_path), until)
+    assert f"--until {until} is no stage or phase" in message
+    assert "tree, diffusion, samples, report" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_cpus_are_refused(tmp_path: Path):
+    cpus = len(os.sched_getaffinity(0))
+    message = refused(here(tmp_path, f"workers={cpus + 1}"))
+    assert f"workers={cpus + 1} is more than this machine's {cpus} CPUs: take workers={cpus}." == message
+    assert not (tmp_path / "runs").exists()
+    launch.check_workers(cpus)
+
+
+def test_mlflow_needs_a_place(tmp_path: Path):
+    message = refused(here(tmp_path, "runs=s3://nowhere/runs"))
+    assert "runs=s3://nowhere/runs" in message
+    assert "tracking=URI" in message
+    assert pipeline.tracking_uri(here(tmp_path, "tracking=http://mlflow:5000")) == ("http://mlflow:5000", None)
+    uri, artifacts = pipeline.tracking_uri(here(tmp_path))
+    assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert artifacts == f"file://{tmp_path}/runs/mlartifacts"
+
+
+def test_a_second_driver_is_refused(tmp_path: Path):
+    config = here(tmp_path)
+    run = open_run(config)
+    with only_driver(run):
+        message = refused(config)
+    assert f"RUN {run.url} is being worked on by another process" in message
+    with only_driver(run):
+        pass  # the lock is gone with its holder
+
+
+def test_the_lock_of_a_killed_driver_is_free(tmp_path: Path):
+    run = open_run(here(tmp_path))
+    code = (
+        "import sys, time; from tdiff.pipeline import only_driver; from tdiff.runs import Run\n"
+        "with only_driver(Run(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, run.url], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="is being worked on"), only_driver(run):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    started = time.monotonic()
+    with only_driver(run):
+        assert time.monotonic() - started < 5
+
+
+def test_the_numbers_of_a_result_get_dotted_names():
+    nested = json.loads('{"run": "x", "leaves": 3, "clustering": {"tree_test": {"acc": 0.5, "why": "no number"}}}')
+    assert dict(pipeline._numbers(nested)) == {"leaves": 3.0, "clustering.tree_test.acc": 0.5}

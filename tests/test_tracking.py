@@ -1,0 +1,227 @@
+"""Protects the record of a run: JSONL parts that neither lose nor double a step, and their mirror in MLflow.
+
+The mirror is tested against a real MLflow store (sqlite): started again and again it must not double anything, and
+where MLflow cannot be reached it costs a sentence, never the run.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tdiff import storage
+from tdiff.tracking import MetricParts, Mirror, part_name, read_metrics
+
+
+def line(step: int, **values: float) -> dict[str, Any]:
+    return {"step": step, "images": step * 10, "loss": 1 / step, **values}
+
+
+# --- JSONL -------------------------------------------------------------------------------------------
+
+
+def test_parts_are_read_back_in_order_of_steps(tmp_path: Path):
+    url = str(tmp_path / "metrics")
+    parts = MetricParts(url)
+    for end in (9, 10, 100, 99_999, 100_000):
+        parts.add(**line(end - 1))
+        parts.add(**line(end))
+        parts.write(end)
+    assert [found["step"] for found in read_metrics(url)] == [8, 9, 9, 10, 99, 100, 99_998, 99_999, 99_999, 100_000]
+    assert read_metrics(url)[0] == line(8)
+    assert storage.listing(url) == [part_name(end) for end in (9, 10, 100, 99_999, 100_000)]
+
+
+def test_nothing_is_written_before_its_checkpoint_and_nothing_twice(tmp_path: Path):
+    url = str(tmp_path)
+    parts = MetricParts(url)
+    parts.add(**line(1))
+    assert read_metrics(url) == []
+    parts.write(1)
+    parts.write(2)  # nothing new: no empty part
+    assert storage.listing(url) == [part_name(1)]
+    parts.add(**line(3))
+    parts.write(3)
+    assert [found["step"] for found in read_metrics(url)] == [1, 3]
+
+
+def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path):
+    url = str(tmp_path)
+    parts = MetricParts(url)
+    for step in (10, 20, 30):
+        parts.add(**line(step))
+        parts.write(step)
+    (tmp_path / f"{part_name(40)}.abc.partial").write_text("{")  # killed while writing
+    parts.drop_beyond(20)
+    assert [found["step"] for found in read_metrics(url)] == [10, 20]
+    parts.add(**line(30, again=1.0))
+    parts.write(30)
+    assert read_metrics(url)[-1] == line(30, again=1.0)
+    parts.drop_beyond(0)
+    assert read_metrics(url) == []
+
+
+def test_numbers_that_are_none_survive(tmp_path: Path):
+    parts = MetricParts(str(tmp_path))
+    parts.add(step=1, loss=math.nan, other=math.inf)
+    parts.write(1)
+    (found,) = read_metrics(str(tmp_path))
+    assert math.isnan(found["loss"])
+    assert found["other"] == math.inf
+
+
+def test_ranks_without_a_url_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    parts = MetricParts(None)
+    parts.add(**line(1))
+    parts.write(1)
+    parts.drop_beyond(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phase_without_metrics_has_none(tmp_path: Path):
+    assert read_metrics(str(tmp_path / "nothing")) == []
+    MetricParts(str(tmp_path / "nothing")).drop_beyond(3)
+
+
+# --- MLflow ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """URI of a sqlite store, made once (it takes seconds), and its folder of artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    return f"sqlite:///{folder}/mlflow.db", f"file://{folder}/artifacts"
+
+
+class Copy:
+    """One run in one experiment of the store, mirrored as often as asked."""
+
+    def __init__(self, store: tuple[str, str]):
+        from mlflow.tracking import MlflowClient
+
+        self.uri, self.artifacts = store
+        self.experiment = self.id = uuid.uuid4().hex
+        self.client = MlflowClient(self.uri)
+
+    def again(self, phases: dict[str, list[dict[str, Any]]], result: dict[str, float] | None = None) -> str | None:
+        """One start of the command: mirrors what there is by now."""
+        mirror = Mirror(self.uri, self.experiment, "mine", self.id, self.artifacts)
+        mirror.open({"seed": 0, "tree.batch": 128}, {"git_commit": "abc"}, {"config.yaml": "seed: 0\n"})
+        for name, lines in phases.items():
+            mirror.phase(name, lines, {"seconds": 1.5})
+        if result is not None:
+            mirror.result(result, {"tree.png": b"\x89PNG"})
+        return mirror.close()
+
+    def runs(self) -> dict[str, Any]:
+        """All runs of the experiment by phase; the parent's phase is `all`."""
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        found = self.client.search_runs([experiment.experiment_id])
+        assert len({run.data.tags["tdiff.phase"] for run in found}) == len(found)
+        return {run.data.tags["tdiff.phase"]: run for run in found}
+
+    def history(self, phase: str, key: str = "loss") -> list[tuple[int, float]]:
+        found = self.client.get_metric_history(self.runs()[phase].info.run_id, key)
+        return sorted((metric.step, metric.value) for metric in found)
+
+
+@pytest.fixture
+def copy(store: tuple[str, str]) -> Copy:
+    return Copy(store)
+
+
+ROOT = [line(step, kl=0.1 * step) for step in (1, 2, 3)]
+SPLIT = [line(step) for step in (1, 2)]
+
+
+def test_a_run_becomes_a_parent_with_a_child_per_phase(copy: Copy):
+    assert copy.again({"00-root": ROOT, "01-split-1": SPLIT, "02-prune": []}, {"acc": 0.5}) is None
+    runs = copy.runs()
+    assert set(runs) == {"all", "00-root", "01-split-1", "02-prune"}
+    parent = runs["all"]
+    assert parent.info.run_name == "mine"
+    assert parent.data.params == {"seed": "0", "tree.batch": "128"}
+    assert parent.data.tags["git_commit"] == "abc"
+    assert parent.data.metrics == {"acc": 0.5}
+    assert parent.info.status == "FINISHED"
+    for phase in ("00-root", "01-split-1", "02-prune"):
+        assert runs[phase].data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert runs[phase].info.run_name == phase
+        assert runs[phase].info.status == "FINISHED"
+        assert runs[phase].data.metrics["seconds"] == 1.5
+    assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
+    assert copy.history("00-root", "kl") == [(one["step"], one["kl"]) for one in ROOT]
+    assert copy.history("00-root", "images") == [(1, 10), (2, 20), (3, 30)]
+    assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
+    artifacts = {artifact.path for artifact in copy.client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"config.yaml", "figures"}
+    pictures = copy.client.list_artifacts(parent.info.run_id, "figures")
+    assert [artifact.path for artifact in pictures] == ["figures/tree.png"]
+
+
+def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
+    assert copy.again({"00-root": ROOT}) is None
+    before = {phase: run.info.run_id for phase, run in copy.runs().items()}
+    assert copy.runs()["all"].info.status == "RUNNING"
+    for _ in range(2):
+        assert copy.again({"00-root": ROOT, "01-split-1": SPLIT}, {"acc": 0.5}) is None
+    runs = copy.runs()
+    assert set(runs) == {"all", "00-root", "01-split-1"}
+    assert {phase: runs[phase].info.run_id for phase in before} == before
+    assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
+    assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
+    assert copy.history("all", "acc") == [(0, 0.5)]
+
+
+def test_a_phase_that_was_copied_in_part_is_completed(copy: Copy):
+    assert copy.again({"00-root": ROOT[:2]}) is None
+    copy.client.update_run(copy.runs()["00-root"].info.run_id, status="RUNNING")  # as if killed before the rest
+    assert copy.again({"00-root": ROOT}) is None
+    assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
+    assert copy.history("00-root", "kl") == [(one["step"], one["kl"]) for one in ROOT]
+    assert copy.runs()["00-root"].info.status == "FINISHED"
+
+
+def test_more_metrics_than_one_call_takes(copy: Copy):
+    many = [line(step) for step in range(1, 701)]
+    assert copy.again({"00-root": many}) is None
+    for key in ("loss", "images"):
+        assert [step for step, _ in copy.history("00-root", key)] == list(range(1, 701))
+
+
+def test_two_runs_of_one_experiment_stay_apart(copy: Copy):
+    assert copy.again({"00-root": ROOT}) is None
+    first, copy.id = copy.id, uuid.uuid4().hex
+    assert copy.again({"00-root": SPLIT}) is None
+    experiment = copy.client.get_experiment_by_name(copy.experiment)
+    found = copy.client.search_runs([experiment.experiment_id])
+    assert len(found) == 4
+    parents = {run.data.tags["tdiff.run"]: run.info.run_id for run in found if run.data.tags["tdiff.phase"] == "all"}
+    assert set(parents) == {first, copy.id}
+    children = [run.data.tags.get("mlflow.parentRunId") for run in found if run.data.tags["tdiff.phase"] == "00-root"]
+    assert sorted(children) == sorted(parents.values())
+
+
+def test_a_store_that_cannot_be_reached_costs_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:  # bound but not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        mirror = Mirror(uri, "digits", "mine", "id", None)
+        started = time.monotonic()
+        mirror.open({}, {}, {})
+        mirror.phase("00-root", ROOT, {})
+        mirror.result({"acc": 0.5}, {})
+        assert time.monotonic() - started < 1  # training does not wait for it
+        warning = mirror.close()
+    assert warning is not None
+    assert uri in warning
+    assert "the next start catches up" in warning
+    assert "\n" not in warning
