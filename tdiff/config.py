@@ -8,14 +8,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tdiff.diffusion.condition import CONDITIONS
+from tdiff.diffusion.unet import UNetSpec
 from tdiff.tree.model import TreeSpec
 
 
@@ -25,6 +28,14 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise PydanticCustomError("bool_for_number", "it should be a number")
+        return value
 
 
 class Data(Section):
@@ -87,7 +98,7 @@ class Samples(Section):
     per_leaf: int = Field(100, ge=1, description="images drawn for every leaf's grid")
     draws: int = Field(1500, ge=2, description="images drawn from the prior for the sample-quality numbers")
     draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
-    steps: int = Field(50, ge=1, description="points of the DDIM grid")
+    steps: int = Field(50, ge=2, description="points of the DDIM grid")
     sampler: Literal["ddim", "ddpm"] = "ddim"
     grid: Literal["quadratic", "uniform"] = "quadratic"
     batch: int = Field(250, ge=1, description="images per shard, drawn in one batch")
@@ -107,6 +118,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        # A folder of its own directly below `runs`: --fresh deletes it. Beside it lie the data and MLflow's files.
+        taken = ("data", "mlartifacts", "mlflow.db")
+        if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", self.name) or self.name in taken):
+            raise ValueError(
+                f"name={self.name!r} cannot name a run's folder: take letters, digits, and any of . _ + = - within "
+                f"(but not {', '.join(taken)})"
+            )
         for stage, section in (("tree", self.tree), ("diffusion", self.diffusion)):
             if section.batch % section.slots:
                 raise ValueError(
@@ -119,9 +137,9 @@ class Config(Section):
                 f"tree.batch={self.tree.batch} leaves one image in each of tree.slots={self.tree.slots} slots, and "
                 f"batch norm needs two: take tree.batch={2 * self.tree.slots} or more"
             )
-        deepest = 2 ** (self.tree.features - 1)
-        if self.tree.max_leaves > deepest:
-            needed = math.ceil(math.log2(self.tree.max_leaves)) + 1
+        needed = (self.tree.max_leaves - 1).bit_length() + 1
+        if needed > self.tree.features:
+            deepest = 2 ** (self.tree.features - 1)
             raise ValueError(
                 f"tree.max_leaves={self.tree.max_leaves} is more than the {deepest} leaves that tree.features="
                 f"{self.tree.features} allow: take tree.features={needed} or more"
@@ -137,9 +155,9 @@ class Config(Section):
             )
         return self
 
-    def digest(self) -> str:
-        """SHA-256 over all that results depend on; not over names, places, workers or logging."""
-        raw = self.model_dump(
+    def identity(self) -> dict[str, Any]:
+        """All that results depend on; not names, places, workers or logging."""
+        return self.model_dump(
             mode="json",
             exclude={
                 "name": True,
@@ -151,7 +169,10 @@ class Config(Section):
                 "diffusion": {"checkpoint_images"},
             },
         )
-        return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """SHA-256 over `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     @property
     def run_name(self) -> str:
@@ -162,13 +183,30 @@ class Config(Section):
         names = ("encoder", "likelihood", "features", "latent_channels", "feature_channels", "size", "residual")
         return TreeSpec(channels, image_size, **self.tree.model_dump(include=set(names)))
 
+    def unet_spec(self, channels: int, image_size: int) -> UNetSpec:
+        """The U-Net's shape for such images. Raises ValueError, naming the field, if it cannot be built."""
+        section = self.diffusion
+        try:
+            return UNetSpec(
+                channels=channels,
+                image_size=image_size,
+                width=section.width,
+                multipliers=section.multipliers,
+                attention=section.attention,
+                heads=section.heads,
+                dropout=section.dropout,
+                condition_channels=channels if CONDITIONS[section.condition].recon else 0,
+            )
+        except ValueError as error:
+            raise ValueError(f"diffusion.{error}") from error
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """`field: value here, value there` for every field in which two configs differ."""
-    a, b = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
+    """`field: value here, value there` for every field that results depend on and in which two configs differ."""
+    a, b = _flat(ours.identity()), _flat(theirs.identity())
     return [f"{key}: {a[key]} here, {b.get(key)} there" for key in a if a[key] != b.get(key)]
 
 
@@ -200,13 +238,15 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
     raw: Any = {}
     if path is not None:
         file = Path(path)
-        if not file.is_file():
+        if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
+            raise ConfigError(f"CONFIG {path} is a folder: name a YAML file in it.")
+        if not os.path.isfile(path):  # noqa: PTH113
             near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1)
             hint = f"did you mean {file.parent / near[0]}?" if near else "name a YAML file, or none for the demo."
             raise ConfigError(f"CONFIG {path} does not exist: {hint}")
         try:
             raw = yaml.safe_load(file.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"CONFIG {path} is not YAML: {reason}.") from error
         if not isinstance(raw, dict):
@@ -217,8 +257,9 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
             raise ConfigError(f"{item!r} is neither a CONFIG file nor a setting: write settings as a.b=c.")
         try:
             parsed = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}={value!r} cannot be read as a value: quote it.") from error
+        except (yaml.YAMLError, ValueError) as error:
+            shown = value if len(value) < 80 else f"{value[:80]}…"
+            raise ConfigError(f"{key}={shown!r} cannot be read as a value: quote it.") from error
         section = raw
         *parents, last = key.split(".")
         for parent in parents:
@@ -248,6 +289,8 @@ def _sentence(error: ValidationError) -> str:
         by_last = [name for name in names if name.rpartition(".")[2] == field.rpartition(".")[2]]
         hint = (by_last + near)[:1]
         return f"{field} is not a known setting" + (f": did you mean {hint[0]}?" if hint else ".")
+    if first["type"] == "model_type":
+        return f"{field}={first['input']!r} cannot be used: {field} is a section, so set {field}.…=… within it."
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
     remedy = first["msg"].replace("Input should be", "it should be").replace("Value should", "it should")

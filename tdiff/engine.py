@@ -104,7 +104,9 @@ class Backend(Protocol):
     """How gradients become an update."""
 
     def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
-    def update(self, learning_rate: float) -> float: ...
+    def update(self, learning_rate: float) -> float:
+        """Moves the weights, unless the gradient's norm, which it returns, is not finite."""
+
     def masters(self) -> list[Tensor]: ...
     def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]: ...
     def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None: ...
@@ -132,12 +134,13 @@ class PlainBackend:
         return loss.detach(), metrics
 
     def update(self, learning_rate: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.task.clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.task.clip or math.inf))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def masters(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters.values()]
@@ -172,7 +175,7 @@ class DeepSpeedBackend:
             "train_batch_size": task.batch_size,
             "train_micro_batch_size_per_gpu": task.batch_size // task.slots,
             "gradient_accumulation_steps": task.slots // world,
-            "gradient_clipping": task.clip,
+            "gradient_clipping": task.clip if task.zero else 0.0,  # without ZeRO `update` clips
             "zero_optimization": {"stage": task.zero},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
@@ -195,11 +198,17 @@ class DeepSpeedBackend:
         return loss.detach(), metrics
 
     def update(self, learning_rate: float) -> float:
+        norm = 0.0
+        if self.task.zero == 0:
+            # DeepSpeed knows no norm without ZeRO; the gradients are averaged over the workers already.
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.task.clip or math.inf))
+            if not math.isfinite(norm):
+                return norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan
+        # With ZeRO, DeepSpeed silently leaves out an update whose norm is not finite, and says inf here.
+        return norm if self.task.zero == 0 else float(self.engine.get_global_grad_norm())
 
     def masters(self) -> list[Tensor]:
         """The fp32 tensors that this worker's optimizer moves: its partition, or without ZeRO every parameter."""
@@ -226,8 +235,6 @@ class DeepSpeedBackend:
                 master.data.copy_(value)
 
     def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         if self.task.zero == 0:
             for name, average in zip(self.parameters, averages, strict=True):
                 average.copy_(full[name])
@@ -235,10 +242,21 @@ class DeepSpeedBackend:
         masters = self.masters()
         kept = [master.detach().clone() for master in masters]
         for name, parameter in self.parameters.items():
-            safe_set_full_fp32_param(parameter, full[name])
+            self._set_master(parameter, full[name])
         for master, average, value in zip(masters, averages, kept, strict=True):
             average.copy_(master.data)
             master.data.copy_(value)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.task.zero < 3:
+            safe_set_full_fp32_param(parameter, value)
+            return
+        # DeepSpeed's own fails where the workers do not divide a parameter evenly: the last part is padded.
+        share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
+        safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
 
     def save(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
@@ -300,7 +318,8 @@ class Outcome:
 def train(task: Task, worker: Worker) -> Outcome:
     """Trains to the end, going on from the worker's checkpoint if it has one. Called by all workers alike.
 
-    Raises ValueError if the workers cannot share the slots evenly, NonFiniteError on a loss that is not finite.
+    Raises ValueError if the workers cannot share the slots evenly, NonFiniteError on a loss or gradient
+    that is not finite.
     """
     if task.slots % worker.world:
         raise ValueError(f"{task.slots} slots cannot be shared evenly by {worker.world} workers")
@@ -350,6 +369,8 @@ def train(task: Task, worker: Worker) -> Outcome:
 
         rate = task.learning_rate(step)
         values["grad_norm"] = backend.update(rate)
+        if not math.isfinite(values["grad_norm"]):
+            raise NonFiniteError(f"{task.phase}, step {step}: gradient not finite; the last checkpoint is kept")
         if average is not None:
             average.update(step + 1)
 

@@ -37,7 +37,7 @@ from tdiff.work.growing import GrowingPhase, Kind, check, grow, load_routing, lo
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
-PHASE_NAME = re.compile(r"\d\d-(root|refit|prune|finetune|split-\d+)")
+PHASE_NAME = re.compile(r"\d\d+-(root|refit|prune|finetune|split-\d+)")
 
 
 def workers_for(slots: int, at_most: int) -> int:
@@ -112,8 +112,7 @@ def open_run(config: Config, fresh: bool = False) -> Run:
             )
         return run
     try:
-        if fresh:
-            storage.remove(run.url)
+        _make_room(run, fresh)
         storage.write_text(run.at("config.yaml"), config.to_yaml())
         record = {
             "id": f"{run.name}-{config.digest()[:12]}-{time.time_ns():x}",
@@ -127,6 +126,20 @@ def open_run(config: Config, fresh: bool = False) -> Run:
     except OSError as error:
         raise ConfigError(f"runs={config.runs} cannot be written ({error}): take a folder that can.") from error
     return run
+
+
+def _make_room(run: Run, fresh: bool) -> None:
+    """Deletes a run's folder if asked to. Raises ConfigError for a folder that is another's, or being worked on."""
+    there = set(storage.listing(run.url))
+    if fresh and there & {"run.json", "config.yaml"}:
+        with only_driver(run):
+            # First, so that a deletion that is cut short never leaves old phases under a valid record.
+            storage.remove(run.at("run.json"))
+            storage.remove(run.url)
+    elif fresh and there:
+        raise ConfigError(f"RUN {run.url} is not a run's folder, so --fresh does not delete it: use another name=….")
+    elif "tree" in there:
+        raise ConfigError(f"RUN {run.url} holds phases but no run.json: start it over with --fresh.")
 
 
 def _commit() -> str | None:
@@ -344,6 +357,9 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
         numbers = None
         try:
             if driver.grow_tree(until) and until != "tree":
+                if until is not None and until not in STAGES:
+                    grown = run.tree_phases()[-1]
+                    raise ConfigError(f"--until {until} never came: the tree of RUN {run.url} ended with {grown}.")
                 driver.diffuse()
                 if until != "diffusion":
                     driver.sample()

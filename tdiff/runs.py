@@ -34,7 +34,7 @@ class Run:
 
     def tree_phases(self) -> list[str]:
         """Names of the tree's phases that are finished, in order."""
-        names = storage.listing(self.at("tree"))
+        names = sorted(storage.listing(self.at("tree")), key=lambda name: int(name.partition("-")[0]))
         return [name for name in names if storage.finished(self.at("tree", name))]
 
     @property

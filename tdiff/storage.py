@@ -31,7 +31,9 @@ def is_local(url: str) -> bool:
 
 def absolute(url: str) -> str:
     """Local paths made absolute, so that every process means the same folder; URLs as they are."""
-    return os.path.abspath(url) if is_local(url) else url  # noqa: PTH100 (pathlib would swallow s3://'s slash)
+    url = url.removeprefix("file://")
+    # Not by pathlib, which would swallow one slash of s3://.
+    return os.path.abspath(os.path.expanduser(url)) if is_local(url) else url  # noqa: PTH100, PTH111
 
 
 def exists(url: str) -> bool:

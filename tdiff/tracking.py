@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -98,6 +99,9 @@ class Mirror:
         self._pool.submit(guarded)
 
     def _open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
+        # MLflow's own 7 retries of 120 s keep a finished run waiting for minutes where nobody answers.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         # Imported here, in the thread: it takes seconds in which the first phase's workers already start.
         from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
@@ -111,32 +115,35 @@ class Mirror:
             if found
             else self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
         )
-        self._parent, new = self._run({"tdiff.run": self._run_id}, self._name)
-        if new:
-            self._client.log_batch(
-                self._parent,
-                params=[Param(key, str(value)) for key, value in params.items()],
-                tags=[RunTag(key, value) for key, value in tags.items()],
-            )
-            for name, text in files.items():
+        self._parent = self._run({"tdiff.run": self._run_id}, self._name)
+        # An earlier start may have been cut short between any two of these.
+        known = self._client.get_run(self._parent).data
+        self._client.log_batch(
+            self._parent,
+            params=[Param(key, str(value)) for key, value in params.items() if key not in known.params],
+            tags=[RunTag(key, value) for key, value in tags.items() if key not in known.tags],
+        )
+        stored = {artifact.path for artifact in self._client.list_artifacts(self._parent)}
+        for name, text in files.items():
+            if name not in stored:
                 self._client.log_text(self._parent, text, name)
 
-    def _run(self, tags: dict[str, str], name: str) -> tuple[str, bool]:
-        """Id of the run with these tags, made if there is none; whether it was made."""
+    def _run(self, tags: dict[str, str], name: str) -> str:
+        """Id of the run with these tags, made if there is none."""
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         if "mlflow.parentRunId" not in tags:
             wanted += " and tags.`tdiff.phase` = 'all'"
             tags = {**tags, "tdiff.phase": "all"}
         found = self._client.search_runs([self._experiment_id], wanted, max_results=1)
         if found:
-            return found[0].info.run_id, False
-        return self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id, True
+            return str(found[0].info.run_id)
+        return str(self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id)
 
     def _phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         tags = {"mlflow.parentRunId": self._parent, "tdiff.phase": name}
-        child, _ = self._run(tags, name)
+        child = self._run(tags, name)
         run = self._client.get_run(child)
         if run.info.status == "FINISHED":
             return

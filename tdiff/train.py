@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings, such as tree.max_leaves=8")
     parser.add_argument("--until", metavar="STAGE", help=f"stop after {', '.join(STAGES)} or a phase (03-split-4)")
     parser.add_argument("--fresh", action="store_true", help="start the run over, deleting its folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may stand after options too
     path, settings = arguments.config, arguments.settings
     if path is not None and "=" in path:
         path, settings = None, [path, *settings]

@@ -144,7 +144,7 @@ def test_the_last_of_two_settings_wins_and_sections_may_be_given_whole():
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):
-    config = load(None, ["tree.learning_rate=1e-5", "diffusion.multipliers=[1,2,2]", "name=a b", "tree.epochs.refit=0"])
+    config = load(None, ["tree.learning_rate=1e-5", "diffusion.multipliers=[1,2,2]", "name=a-b", "tree.epochs.refit=0"])
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert load(str(file)) == config
@@ -196,9 +196,11 @@ def test_other_keys_that_are_none(setting: str):
         ("diffusion.multipliers=1,2", "'1,2'", "tuple"),
         ("diffusion.multipliers=[]", "[]", "at least 1"),
         ("name={}", "{}", "string"),
-        ("tree=3", "3", "dictionary"),
-        ("tree=", "None", "dictionary"),
-        ("tree.epochs=5", "5", "dictionary"),
+        ("tree=3", "3", "is a section, so set tree.…=…"),
+        ("tree=", "None", "is a section"),
+        ("tree.epochs=5", "5", "set tree.epochs.…=…"),
+        ("seed=true", "True", "number"),
+        ("tree.kl_step=false", "False", "number"),
         # out of range
         ("seed=-1", "-1", "0"),
         ("workers=0", "0", "1"),
@@ -210,6 +212,7 @@ def test_other_keys_that_are_none(setting: str):
         ("diffusion.dropout=1", "1", "less than 1"),
         ("diffusion.ema=0.5", "0.5", "0.28"),
         ("samples.draws=1", "1", "2"),
+        ("samples.steps=1", "1", "2"),
         # one of several
         ("data.name=mnist", "'mnist'", "'digits'"),
         ("precision=fp16", "'fp16'", "'bf16'"),
@@ -233,12 +236,15 @@ def test_a_wrong_value_is_named_with_its_remedy(setting: str, value: str, remedy
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        (["tree.batch=127"], ["tree.batch=127", "tree.slots=2", "tree.batch=126"]),
+        (["tree.batch=127", "tree.slots=2"], ["tree.batch=127", "tree.slots=2", "tree.batch=126"]),
         (["diffusion.batch=100", "diffusion.slots=8"], ["diffusion.batch=100", "diffusion.slots=8", "=96"]),
-        (["diffusion.batch=1"], ["diffusion.batch=1", "diffusion.slots=2", "diffusion.batch=2"]),
+        (["diffusion.batch=1", "diffusion.slots=2"], ["diffusion.batch=1", "diffusion.slots=2", "diffusion.batch=2"]),
         (["tree.batch=4", "tree.slots=4"], ["tree.batch=4", "tree.slots=4", "tree.batch=8"]),
-        (["tree.max_leaves=65"], ["tree.max_leaves=65", "tree.features=7", "tree.features=8"]),
-        (["samples.steps=1001"], ["samples.steps=1001", "diffusion.timesteps=1000", "at most 1000"]),
+        (["tree.max_leaves=65", "tree.features=7"], ["tree.max_leaves=65", "tree.features=7", "tree.features=8"]),
+        (
+            ["samples.steps=1001", "diffusion.timesteps=1000"],
+            ["samples.steps=1001", "diffusion.timesteps=1000", "at most 1000"],
+        ),
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings: list[str], parts: list[str]):
@@ -249,14 +255,34 @@ def test_settings_that_do_not_fit_each_other(settings: list[str], parts: list[st
 
 def test_the_remedies_for_settings_that_do_not_fit_do_work():
     for settings in (
-        ["tree.batch=126"],
+        ["tree.batch=126", "tree.slots=2"],
         ["diffusion.batch=96", "diffusion.slots=8"],
         ["tree.batch=8", "tree.slots=4"],
         ["tree.max_leaves=65", "tree.features=8"],
-        ["tree.max_leaves=64"],
-        ["samples.steps=1000"],
+        ["tree.max_leaves=64", "tree.features=7"],
+        ["samples.steps=1000", "diffusion.timesteps=1000"],
     ):
         load(None, settings)
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", "../x", "a/b", "/etc", "''", ".hidden", "it's", "a b", "~", "data", "mlartifacts", '"a\\nb"']
+)
+def test_a_name_is_that_of_a_folder_below_runs(name: str):
+    if name == "~":  # null: the derived name
+        assert load(None, ["name=~"]).name is None
+    else:
+        assert "cannot name a run's folder" in problem(f"name={name}")
+
+
+@pytest.mark.parametrize("name", ["a", "digits-1a2b", "2024-01-01_x", "a.b", "lr=3"])
+def test_plain_names_are_taken(name: str):
+    assert load(None, [f"name={name}"]).run_name == name
+
+
+def test_numbers_too_large_for_anything():
+    assert load(None, ["tree.features=1000000000000"]).tree.features == 10**12  # at once
+    assert "tree.batch=" in problem("tree.batch=" + "9" * 5000)
 
 
 @pytest.mark.parametrize("argument", ["foo", "=3", "=", "--seed", "tree.batch"])
@@ -283,6 +309,8 @@ def test_a_missing_file_is_answered_with_the_nearest_there(tmp_path: Path):
     far = problem(path=tmp_path / "nowhere" / "x.yaml")
     assert "does not exist" in far
     assert "name a YAML file" in far
+    assert "does not exist" in problem(path="a" * 5000)
+    assert "is a folder" in problem(path=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +346,33 @@ def test_a_file_runs_no_code(tmp_path: Path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "FILE seed=1 --until tree",
+        "FILE --until tree seed=1",
+        "--until tree FILE seed=1",
+        "FILE --fresh seed=0 --until tree seed=1",
+    ],
+)
+def test_settings_may_stand_before_and_after_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str):
+    from tdiff import train
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 7\nworkers: 1\n")
+    asked: list[Any] = []
+
+    def stop(config: Config, until: str, fresh: bool, say: object) -> None:
+        asked.extend((config.seed, config.workers, until))
+        raise SystemExit
+
+    monkeypatch.setattr(train, "train", stop)
+    monkeypatch.setattr("sys.argv", ["tdiff.train", *arguments.replace("FILE", str(file)).split()])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert asked == [1, 1, "tree"]
+
+
 # --- which run it is ---------------------------------------------------------------------------------
 
 
@@ -330,7 +385,7 @@ def test_every_setting_stands_in_the_table_above():
 def test_the_digest_changes_with_what_results_depend_on_and_nothing_else(name: str):
     value, matters = OTHER[name]
     config = changed(name, value)
-    assert differences(config, Config()) == [f"{name}: {flat(config)[name]} here, {flat(Config())[name]} there"]
+    assert {key for key, now in flat(config).items() if now != flat(Config())[key]} == {name}
     assert (config.digest() != Config().digest()) == matters
 
 
@@ -347,6 +402,13 @@ def test_the_name_is_given_or_derived_from_the_digest_never_from_the_clock():
     assert load(None, ["workers=1", "runs=x", "tracking=y"]).run_name == Config().run_name
     assert load(None, ["seed=1"]).run_name != Config().run_name
     assert load(None, ["seed=1", "name=mine"]).run_name == "mine"
+
+
+def test_differences_are_told_field_by_field():
+    ours, theirs = load(None, ["seed=1", "tree.epochs.split=2"]), load(None, ["seed=0", "tree.epochs.split=60"])
+    assert differences(ours, theirs) == ["seed: 1 here, 0 there", "tree.epochs.split: 2 here, 60 there"]
+    assert differences(Config(), Config()) == []
+    assert differences(load(None, ["name=a", "workers=1", "data.url=x"]), Config()) == []  # they do not matter
 
 
 # --- help --------------------------------------------------------------------------------------------

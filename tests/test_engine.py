@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tdiff import engine, storage
 from tdiff.config import Config, validated
 from tdiff.data.shards import pack
-from tdiff.data.sources import digits
+from tdiff.data.sources import Source, Split, digits
 from tdiff.diffusion.ema import gamma_from_width
 from tdiff.engine import Batch, NonFiniteError, Task
 from tdiff.tracking import read_metrics
@@ -53,6 +53,7 @@ from tdiff.work.growing import GrowingPhase, grow, save_tree
 GOLDEN = Path(__file__).parent / "golden"
 RECORD = os.environ.get("TDIFF_RECORD_GOLDEN") == "1"
 EMA_WIDTH = 0.1
+IMAGES = 512  # so few that 50 steps are several epochs
 
 Tensors = dict[str, Tensor]
 
@@ -76,7 +77,7 @@ class Job:
     dies_at: int | None = None
     """The step at which every worker is lost."""
     nan_at: tuple[int, int] | None = None
-    """(step, slot) whose images are NaN."""
+    """(step, slot) whose loss is NaN, and its kl_nodes where there are any."""
     still: bool = False
     """A learning rate of 0: only running statistics move."""
 
@@ -126,7 +127,16 @@ class _Captured(Exception):
 
 def small_config(slots: int = 4, zero: int = 1) -> Config:
     tree = {"features": 3, "max_leaves": 4, "latent_channels": 4, "feature_channels": 16, "batch": 64, "slots": slots}
-    diffusion = {"width": 8, "heads": 2, "batch": 32, "slots": slots, "warmup_images": 320, "zero": zero}
+    diffusion = {
+        "width": 8,
+        "multipliers": [1],
+        "attention": [],
+        "heads": 2,
+        "batch": 32,
+        "slots": slots,
+        "warmup_images": 320,
+        "zero": zero,
+    }
     return validated({"tree": tree, "diffusion": diffusion | {"ema": EMA_WIDTH}})
 
 
@@ -150,15 +160,22 @@ def task_of(job: Job) -> Task:
         else:
             diffuse(DiffusionPhase(url, start, data_url, settings, bf16=False), worker)
     (task,) = captured
-    given = task.batch
+    given, reached = task.batch, list[tuple[int, int]]()
 
     def batch(step: int, slot: int) -> Batch:
         if step == job.dies_at:
             raise Lost
-        tensors = given(step, slot)
-        if (step, slot) == job.nan_at:
-            tensors["images"] = tensors["images"] * torch.nan
-        return tensors
+        reached.append((step, slot))
+        return given(step, slot)
+
+    def spoil(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensors]) -> tuple[Tensor, Tensors]:
+        loss, terms = output
+        if reached[-1] != job.nan_at:
+            return loss, terms
+        return loss * torch.nan, {name: t * torch.nan if name == "kl_nodes" else t for name, t in terms.items()}
+
+    if job.nan_at is not None:
+        task.objective.register_forward_hook(spoil)
 
     if job.still:
         task = dataclasses.replace(task, learning_rate=lambda step: 0.0)
@@ -227,7 +244,7 @@ def _server() -> None:
             patch.setenv(name, value)
         patch.setenv("DS_LOG_LEVEL", "error")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        forkserver.set_forkserver_preload(["deepspeed", "test_engine"])
+        forkserver.set_forkserver_preload(["deepspeed", "torch._dynamo", "torch._inductor.compile_fx", "test_engine"])
         forkserver.ensure_running()
 
 
@@ -280,8 +297,10 @@ def launch(_server: None, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def make_home(home: Path) -> Path:
-    """A folder with the packed digits, and a tree to start from that needs no training (so no rounding)."""
-    pack(digits(), str(home / "data"), 500)
+    """A folder with some packed digits, and a tree to start from that needs no training (so no rounding)."""
+    source = digits()
+    some = {name: Split(split.images[:IMAGES], None) for name, split in source.splits.items()}
+    pack(Source("digits", some, None), str(home / "data"), 200)
     torch.manual_seed(0)
     model = TreeVAE(small_config().tree_spec(1, 8), Topology.root_with_two_leaves("00-root"))
     for name, buffer in model.named_buffers():
@@ -290,7 +309,7 @@ def make_home(home: Path) -> Path:
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 1)
     save_tree(str(home / "start"), model)
-    left = np.random.default_rng(0).random((1500, 1)).astype(np.float32)
+    left = np.random.default_rng(0).random((IMAGES, 1)).astype(np.float32)
     storage.write_bytes(str(home / "start" / "routing.safetensors"), save_arrays({"train": left}))
     return home
 
@@ -328,18 +347,17 @@ def test_golden_losses(fresh: Path, kind: str, steps: int) -> None:
 
 # --- back-ends, workers, ZeRO --------------------------------------------------------------------
 
-STEPS = 50
-ZERO_STEPS = 20
-STILL_STEPS = 5
+STEPS, SHORT = 50, 20
 PHASES = {"root": 0, "split": 0, "diffusion": 1}  # kind -> ZeRO stage, as the product has it
 
 
 def parity_job(home: Path, kind: str, label: str) -> Job:
-    return Job(kind, home, f"{kind}-{label}", STEPS, zero=PHASES[kind])
+    # One DeepSpeed worker is told from the plain back-end, which is one worker too, in fewer steps.
+    return Job(kind, home, f"{kind}-{label}", SHORT if label == "1" else STEPS, zero=PHASES[kind])
 
 
 def still_job(home: Path, label: str) -> Job:
-    return Job("root", home, f"still-{label}", STILL_STEPS, still=True)
+    return Job("root", home, f"still-{label}", 5, still=True)
 
 
 @dataclass(frozen=True)
@@ -399,8 +417,8 @@ def assert_close(found: Tensors, expected: Tensors, rtol: float, atol: float) ->
 @pytest.mark.parametrize("kind", PHASES)
 def test_one_deepspeed_worker_equals_the_plain_back_end(home, plain, by_workers, kind: str) -> None:
     by_workers(1)
-    found, expected = losses(parity_job(home, kind, "1"))[:20], losses(parity_job(home, kind, "plain"))[:20]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found, expected = losses(parity_job(home, kind, "1")), losses(parity_job(home, kind, "plain"))
+    np.testing.assert_allclose(found, expected[:SHORT], rtol=1e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -408,51 +426,56 @@ def test_one_deepspeed_worker_equals_the_plain_back_end(home, plain, by_workers,
 def test_metrics_do_not_depend_on_the_workers(home, plain, by_workers, kind: str, world: int) -> None:
     assert_same_everywhere(by_workers(world)[kind])
     found, expected = metrics(parity_job(home, kind, str(world))), metrics(parity_job(home, kind, "plain"))
-    assert len(found) == STEPS
+    assert len(found) == (SHORT if world == 1 else STEPS)
+    expected = expected[: len(found)]
+    np.testing.assert_allclose([m["loss"] for m in found], [m["loss"] for m in expected], rtol=1e-4)
     for line, reference in zip(found, expected, strict=True):
-        assert line == pytest.approx(reference, rel=1e-4, abs=1e-6), f"step {reference['step']}"
+        assert line == pytest.approx(reference, rel=1e-3, abs=1e-5), f"step {reference['step']}"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_running_statistics_do_not_depend_on_the_workers(plain, by_workers, world: int) -> None:
-    """At a learning rate of 0 the statistics are all that moves, and they are the same.
+    """At a learning rate of 0 the statistics are all that moves, and they are the same."""
+    found, expected = by_workers(world)["still"][0].weights, plain.still.weights
+    moved = {name for name in expected if not torch.equal(expected[name], plain.still.initial[name])}
+    assert moved == {name for name in expected if name.endswith(("running_mean", "running_var"))}
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
-    While weights move, only the variances can be compared: a bias before batch norm has a gradient of 0 but
-    for rounding, Adam makes steps of full length of that, and the running means follow.
+
+@pytest.mark.parametrize("kind", ["root", "split"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_running_variances_stay_together_in_training(plain, by_workers, kind: str, world: int) -> None:
+    """Only the variances: a bias before batch norm has a gradient of 0 but for rounding, of which Adam makes steps
+    of full length, and the running means follow it (without any effect on the loss).
     """
-    (found, *_), expected = by_workers(world)["still"], plain.still
-    moved = {n for n in expected.weights if not torch.equal(expected.weights[n], expected.initial[n])}
-    assert moved == {n for n in expected.weights if n.endswith(("running_mean", "running_var"))}
-    assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
-    found, expected = by_workers(world)["root"][0], plain.phases["root"]
-    variances = [name for name in expected.weights if name.endswith("running_var")]
+    found, expected = by_workers(world)[kind][0].weights, plain.phases[kind].weights
+    variances = [name for name in expected if name.endswith("running_var")]
     assert variances
-    assert_close(
-        {n: found.weights[n] for n in variances}, {n: expected.weights[n] for n in variances}, rtol=1e-3, atol=1e-6
-    )
+    assert_close({n: found[n] for n in variances}, {n: expected[n] for n in variances}, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ema_does_not_depend_on_the_workers(plain, by_workers, world: int) -> None:
     reference = plain.phases["diffusion"]
     assert len(reference.history) == STEPS
-    expected = power_average([{n: h[n] for n in reference.trained} for h in reference.history])
-    for averages in (reference.averages, by_workers(world)["diffusion"][0].averages):
-        assert_close(averages, expected, rtol=1e-4, atol=1e-5)
+    history = [{n: h[n] for n in reference.trained} for h in reference.history]
+    assert_close(reference.averages, power_average(history), rtol=1e-5, atol=1e-6)
+    expected = power_average(history[: SHORT if world == 1 else STEPS])
+    assert_close(by_workers(world)["diffusion"][0].averages, expected, rtol=1e-4, atol=1e-5)
     moved = max((expected[n] - reference.initial[n]).abs().max().item() for n in expected)
     assert moved > 1e-2, "the average must have gone further than the tolerance"
 
 
 def test_zero_stages_are_equal(home, launch, plain) -> None:
     """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMA as in closed form from the plain weights."""
-    jobs = [Job("diffusion", home, f"zero-{zero}", ZERO_STEPS, zero=zero) for zero in range(4)]
+    jobs = [Job("diffusion", home, f"zero-{zero}", SHORT, zero=zero) for zero in range(4)]
     ranks = launch(2, train_all, jobs)
-    history = plain.phases["diffusion"].history[:ZERO_STEPS]
+    history = plain.phases["diffusion"].history[:SHORT]
     expected = power_average([{n: h[n] for n in plain.phases["diffusion"].trained} for h in history])
     for i, job in enumerate(jobs):
         results = [r[i] for r in ranks]
         assert_same_everywhere(results)
-        np.testing.assert_allclose(losses(job), losses(parity_job(home, "diffusion", "plain"))[:ZERO_STEPS], rtol=1e-5)
+        np.testing.assert_allclose(losses(job), losses(parity_job(home, "diffusion", "plain"))[:SHORT], rtol=1e-5)
         assert_close(results[0].averages, expected, rtol=1e-4, atol=1e-5)
         assert_close(results[0].weights, history[-1], rtol=1e-4, atol=1e-5)
 
@@ -461,16 +484,17 @@ def test_a_split_trains_the_new_networks_and_nothing_else(by_workers) -> None:
     for result in by_workers(2)["split"]:
         moved = {n for n in result.weights if not torch.equal(result.weights[n], result.initial[n])}
         new = tuple(f"model.nodes.{part}." for part in ("1.prior_router", "1.posterior_router", "3", "4"))
-        parameters = {n for n in result.trained if n.startswith(new)}
-        assert parameters == result.trained
-        assert result.trained <= moved, f"never moved: {sorted(result.trained - moved)}"
         statistics = {n for n in result.weights if n.startswith(new) and "running_" in n}
-        assert moved == result.trained | statistics, "frozen, and yet moved"
+        fixed = {n for n in result.weights if not n.startswith(new) or n.endswith("num_batches_tracked")}
+        assert result.trained == result.weights.keys() - statistics - fixed
+        assert moved == result.trained | statistics, (
+            f"{sorted(moved ^ (result.trained | statistics))} should (not) move"
+        )
 
 
 # --- resume --------------------------------------------------------------------------------------
 
-KEEP, HALF, DEATH, LAST = 3, 6, 11, 12  # checkpoints after steps 3, 6, 9; the second one is gone on from
+KEEP, HALF, DEATH, LAST = 2, 4, 7, 8  # checkpoints after steps 2, 4, 6; the second one is gone on from
 
 
 def parts(job: Job) -> dict[str, str]:
@@ -488,17 +512,17 @@ def assert_resumed(straight: Job, lost: Job, results: tuple[Result, Result, Resu
     """before: the metric parts that the lost run had written."""
     expected, killed, resumed = results
     assert killed.error.startswith("Lost")
-    assert list(before) == [f"{step:09d}.jsonl" for step in (3, 6, 9)]
+    assert list(before) == [f"{step:09d}.jsonl" for step in (2, 4, 6)]
     assert_identical(resumed.weights, expected.weights)
     assert_identical(resumed.averages, expected.averages)
     assert parts(lost) == parts(straight)
-    assert list(parts(straight)) == [f"{step:09d}.jsonl" for step in (3, 6, 9, 12)]
+    assert list(parts(straight)) == [f"{step:09d}.jsonl" for step in (2, 4, 6, 8)]
     losses(lost)  # every step once
 
 
 def spoil(job: Job) -> None:
     """Leaves what a run with other intervals would have: a part beyond the checkpoint that nothing overwrites."""
-    (job.folder / "metrics" / "000000010.jsonl").write_text('{"step": 10, "loss": 0}\n')
+    (job.folder / "metrics" / "000000007.jsonl").write_text('{"step": 7, "loss": 0}\n')
 
 
 @pytest.mark.parametrize("kind", PHASES)
@@ -511,8 +535,8 @@ def test_resumed_equals_straight_through_plain(fresh: Path, kind: str) -> None:
 
 
 def test_resumed_equals_straight_through_with_workers(fresh: Path, launch) -> None:
-    """Two workers; the root without ZeRO, diffusion with ZeRO 1, 2 and 3; going on in new processes."""
-    runs = [resume_jobs(fresh, *which) for which in [("root", 0), ("diffusion", 1), ("diffusion", 2), ("diffusion", 3)]]
+    """Two workers; the root without ZeRO, diffusion with ZeRO 1 and 3; going on in new processes."""
+    runs = [resume_jobs(fresh, *which) for which in [("root", 0), ("diffusion", 1), ("diffusion", 3)]]
     first = launch(2, train_all, [job for straight, lost, _ in runs for job in (straight, lost)])
     before = [parts(lost) for _, lost, _ in runs]
     for _, lost, _ in runs:
@@ -546,20 +570,15 @@ def test_slots_that_the_workers_cannot_share_are_refused(fresh: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_all_workers_before_the_update(fresh: Path, launch) -> None:
     step, slot = 3, 1  # slot 1 is the second worker's
     jobs = []
-    for kind, terms in (("root", "loss, reconstruction"), ("diffusion", "loss")):
+    for kind in ("root", "diffusion"):
         until = Job(kind, fresh, f"{kind}-until", step, zero=PHASES[kind])
-        spoiled = dataclasses.replace(until, name=f"{kind}-nan", steps=step + 2, nan_at=(step, slot))
-        jobs += [(until, spoiled, terms)]
-    ranks = launch(2, train_all, [job for until, spoiled, _ in jobs for job in (until, spoiled)])
-    for i, (until, _, _) in enumerate(jobs):
-        phase = {"root": "00-root", "diffusion": "diffusion"}[until.kind]
-        for results in ranks:
-            before, stopped = results[2 * i : 2 * i + 2]
-            assert before.error == ""
-            assert stopped.error.startswith(f"NonFiniteError: {phase}, step {step}: loss")
-            assert "not finite" in stopped.error
-            assert_identical(stopped.weights, before.weights)
-    assert "reconstruction" in ranks[0][1].error, "the term is named, not only the sum"
+        jobs += [until, dataclasses.replace(until, name=f"{kind}-nan", steps=step + 2, nan_at=(step, slot))]
+    for until, stopped, smooth, broken in launch(2, train_all, jobs):
+        assert stopped.error.startswith("NonFiniteError: 00-root, step 3: loss, kl_nodes not finite")
+        assert broken.error.startswith("NonFiniteError: diffusion, step 3: loss not finite")
+        assert until.error == smooth.error == ""
+        assert_identical(stopped.weights, until.weights)
+        assert_identical(broken.weights, smooth.weights)
 
 
 # --- a toy objective: the optimizer itself -------------------------------------------------------

@@ -46,7 +46,7 @@ def sent(topology: Topology, counts: list[int]) -> np.ndarray:
 
 
 def configured(*settings: str) -> Config:
-    return configs.load(None, ["tree.batch=4", "tree.slots=1", *settings])
+    return configs.load(None, ["tree.batch=4", "tree.slots=1", "tree.features=7", *settings])
 
 
 def after(done: list[str], topology: Topology, counts: list[int], *settings: str) -> NextPhase | None:
@@ -205,7 +205,7 @@ def test_another_config_under_the_same_name_is_refused(tmp_path: Path):
     message = str(caught.value)
     assert run.url in message
     assert "seed: 1 here, 0 there" in message
-    assert "tree.max_leaves: 5 here, 10 there" in message
+    assert f"tree.max_leaves: 5 here, {Config().tree.max_leaves} there" in message
     assert "name=" in message
     assert "--fresh" in message
     assert run.record() == before
@@ -228,6 +228,42 @@ def test_fresh_starts_over(tmp_path: Path):
     assert run.config().seed == 1
     assert run.record()["id"] != old["id"]
     assert open_run(here(tmp_path, "name=other"), fresh=True).config().name == "other"
+
+
+def test_fresh_deletes_nothing_but_a_run(tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not a run's folder"):
+        open_run(here(tmp_path, "name=mine"), fresh=True)
+    assert (folder / "thesis.tex").exists()
+
+
+def test_fresh_waits_for_the_driver_that_works_there(tmp_path: Path):
+    config = here(tmp_path)
+    run = open_run(config)
+    record = run.record()
+    with only_driver(run):
+        assert "is being worked on" in refused(config, fresh=True)
+    assert run.record() == record
+
+
+def test_phases_without_a_record_are_nobodys(tmp_path: Path):
+    run = open_run(here(tmp_path))
+    Path(run.at("tree", "00-root")).mkdir(parents=True)
+    Path(run.at("run.json")).unlink()  # as a deletion that was cut short leaves it
+    with pytest.raises(ConfigError, match=r"holds phases but no run\.json: start it over with --fresh"):
+        open_run(here(tmp_path))
+    open_run(here(tmp_path), fresh=True)
+    assert not Path(run.at("tree")).exists()
+
+
+def test_a_refusal_names_what_matters(tmp_path: Path):
+    open_run(here(tmp_path, "name=mine"))
+    moved = ["workers=2", "tracking=http://x", "data.url=y", "tree.checkpoint_images=1"]
+    with pytest.raises(ConfigError) as caught:
+        open_run(here(tmp_path, "name=mine", "tree.max_leaves=5", *moved))
+    assert f"(tree.max_leaves: 5 here, {Config().tree.max_leaves} there)" in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
@@ -266,6 +302,15 @@ def test_a_phase_counts_when_it_is_complete(tmp_path: Path):
     assert run.grown_tree == str(tmp_path / "tree" / "03-finetune")
 
 
+def test_a_hundred_phases_stay_in_order(tmp_path: Path):
+    names = [f"{k:02d}-split-{k}" for k in range(103)]
+    for name in names:
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "COMPLETE").touch()
+    assert Run(str(tmp_path)).tree_phases() == names
+    assert all(pipeline.PHASE_NAME.fullmatch(name) for name in names)
+
+
 def test_entries_are_added_to_the_record(tmp_path: Path):
     run = open_run(here(tmp_path))
     before = run.record()
@@ -295,9 +340,9 @@ def data_at(tmp_path: Path, count: int = 40, splits: tuple[str, ...] = ("train",
 
 def test_data_that_cannot_be_grown_on_is_refused_before_any_worker(tmp_path: Path):
     few = data_at(tmp_path)
-    message = refused(here(tmp_path, f"data.url={few}"))
+    message = refused(here(tmp_path, f"data.url={few}", "tree.batch=128"))
     assert "tree.batch=128 is more than the 40 training images: take at most 40" in message
-    message = refused(here(tmp_path, f"data.url={few}", "tree.batch=40"))
+    message = refused(here(tmp_path, f"data.url={few}", "tree.batch=40", "diffusion.batch=128"))
     assert "diffusion.batch=128 is more than the 40 training images" in message
     small = ["tree.batch=4", "diffusion.batch=4"]
     message = refused(here(tmp_path, f"data.url={data_at(tmp_path, channels=3)}", *small))
@@ -305,6 +350,21 @@ def test_data_that_cannot_be_grown_on_is_refused_before_any_worker(tmp_path: Pat
     assert "gaussian" in message
     message = refused(here(tmp_path, f"data.url={few}", "tree.size=9", *small))
     assert "tree.size=9 is more than the images' 8 pixels" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("diffusion.attention=[3]", "diffusion.attention names resolution 3"),
+        ("diffusion.width=33", "diffusion.width is 33"),
+        ("diffusion.heads=5", "diffusion.heads is 5"),
+        ("diffusion.multipliers=[0,1]", "diffusion.multipliers is (0, 1)"),
+    ],
+)
+def test_a_diffusion_model_that_cannot_be_built_is_refused_before_the_tree_grows(
+    tmp_path: Path, setting: str, part: str
+):
+    assert part in refused(here(tmp_path, setting))
 
 
 def test_a_data_set_without_training_images_is_refused(tmp_path: Path):

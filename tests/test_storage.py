@@ -81,6 +81,8 @@ def test_paths():
     assert storage.join("s3://bucket/runs", "a") == "s3://bucket/runs/a"
     assert storage.absolute("runs") == str(Path.cwd() / "runs")
     assert storage.absolute("s3://bucket//x") == "s3://bucket//x"
+    assert storage.absolute("~/runs") == str(Path.home() / "runs")
+    assert storage.absolute("file:///a/b") == "/a/b"
     assert storage.is_local("/a/b")
     assert not storage.is_local("s3://bucket/b")
 

@@ -177,6 +177,7 @@ def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
     assert {phase: runs[phase].info.run_id for phase in before} == before
     assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
     assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
+    assert copy.history("00-root", "seconds") == [(0, 1.5)]
     assert copy.history("all", "acc") == [(0, 0.5)]
 
 
@@ -187,6 +188,17 @@ def test_a_phase_that_was_copied_in_part_is_completed(copy: Copy):
     assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
     assert copy.history("00-root", "kl") == [(one["step"], one["kl"]) for one in ROOT]
     assert copy.runs()["00-root"].info.status == "FINISHED"
+
+
+def test_a_parent_that_was_copied_in_part_is_completed(copy: Copy):
+    broken = Mirror(copy.uri, copy.experiment, "mine", copy.id, copy.artifacts)
+    broken.open({"seed": 0}, {}, {"..": "no name of a file"})
+    assert broken.close() is not None
+    assert copy.again({}) is None
+    parent = copy.runs()["all"]
+    assert parent.data.params == {"seed": "0", "tree.batch": "128"}
+    assert [artifact.path for artifact in copy.client.list_artifacts(parent.info.run_id)] == ["config.yaml"]
+    assert copy.again({}) is None  # and once more
 
 
 def test_more_metrics_than_one_call_takes(copy: Copy):
@@ -210,7 +222,7 @@ def test_two_runs_of_one_experiment_stay_apart(copy: Copy):
 
 
 def test_a_store_that_cannot_be_reached_costs_a_sentence(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with socket.socket() as taken:  # bound but not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -221,6 +233,7 @@ def test_a_store_that_cannot_be_reached_costs_a_sentence(monkeypatch: pytest.Mon
         mirror.result({"acc": 0.5}, {})
         assert time.monotonic() - started < 1  # training does not wait for it
         warning = mirror.close()
+        assert time.monotonic() - started < 60  # by MLflow's own settings it would be 4 minutes
     assert warning is not None
     assert uri in warning
     assert "the next start catches up" in warning

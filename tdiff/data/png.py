@@ -14,7 +14,11 @@ from PIL import Image
 
 def png_image(png: bytes, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
     """PNG bytes -> uint8 [I, H, W]. Raises ValueError if it is no grey or RGB PNG, or not of the shape."""
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
+    try:
+        opened = Image.open(io.BytesIO(png), formats=("PNG",))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    with opened as picture:
         channels = {"L": 1, "RGB": 3}.get(picture.mode)
         found = (channels, picture.height, picture.width)
         if channels is None or (shape is not None and found != shape):

@@ -69,12 +69,14 @@ def read_manifest(url: str) -> Manifest:
     try:
         raw: dict[str, Any] = json.loads(storage.read_text(file))
         splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in raw["splits"].items()}
+        if any(type(shard.samples) is not int for shards in splits.values() for shard in shards):
+            raise TypeError("samples must be whole numbers")
         classes = None if raw["classes"] is None else tuple(raw["classes"])
         channels, height, width = raw["shape"]
         manifest = Manifest(raw["name"], (channels, height, width), classes, splits)
     except FileNotFoundError as error:
         raise DataError(f"{url} is not a data set: it holds no manifest.json; make one with tdiff.pack") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file} is damaged ({error}); pack the data set again") from error
     if manifest.digest != raw.get("digest"):
         raise DataError(f"{file} is damaged: its digest does not match its entries; pack the data set again")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,15 +45,19 @@ def read_shard(url: str, shard: Shard, shape: tuple[int, int, int]) -> Images:
             f"with SHA-256 {shard.sha256[:12]}…): copy or pack it again"
         )
     files = tar_file_expander([{"url": shard.name, "stream": io.BytesIO(content)}])
+    try:
+        samples = list(group_by_keys(files))
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise DataError(f"{url}: shard {shard.name} is not a tar of samples ({error.args[0]})") from error
     images, labels = [], []
-    for sample in group_by_keys(files):
+    for sample in samples:
         try:
             images.append(png_image(sample["png"], shape))
             if "cls" in sample:
                 labels.append(int(sample["cls"]))
         except (KeyError, ValueError, OSError) as error:
             raise DataError(f"{url}: shard {shard.name}, key {sample.get('__key__')}: {error}") from error
-    if len(images) != shard.samples or len(labels) not in (0, len(images)):
+    if not images or len(images) != shard.samples or len(labels) not in (0, len(images)):
         raise DataError(
             f"{url}: shard {shard.name} holds {len(images)} images and {len(labels)} labels, "
             f"manifest.json says {shard.samples}"

@@ -22,7 +22,6 @@ from tdiff.data.stream import read_split
 from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
 from tdiff.diffusion.ema import Ema, gamma_from_width, power_decay
 from tdiff.diffusion.process import Schedule, denoising_loss, stratified_steps
-from tdiff.diffusion.unet import UNetSpec
 from tdiff.engine import Averager, Batch, Task, Worker
 from tdiff.seeds import seed_of
 from tdiff.tree.model import Path, TreeVAE, Visit
@@ -46,18 +45,8 @@ def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
     """The denoiser's shape for a tree, by the config's section `diffusion`."""
     section, spec = config.diffusion, tree.spec
     told = CONDITIONS[section.condition]
-    unet = UNetSpec(
-        channels=spec.channels,
-        image_size=spec.image_size,
-        width=section.width,
-        multipliers=section.multipliers,
-        attention=section.attention,
-        heads=section.heads,
-        dropout=section.dropout,
-        condition_channels=spec.channels if told.recon else 0,
-    )
     return DenoiserSpec(
-        unet=unet,
+        unet=config.unet_spec(spec.channels, spec.image_size),
         condition=section.condition,
         node_encoding=section.node_encoding,
         nodes=len(tree.topology.nodes),

@@ -279,3 +279,4 @@ def check(config: Config, manifest: Manifest) -> None:
         raise ValueError(f"tree.size={tree.size} is more than the images' {height} pixels: take at most {height}")
     if channels > 1 and tree.likelihood == "bernoulli":
         raise ValueError(f"tree.likelihood=bernoulli is for grey images, {manifest.name} has colour: take gaussian")
+    config.unet_spec(channels, height)
