@@ -444,14 +444,12 @@ def test_running_statistics_do_not_depend_on_the_workers(plain, by_workers, worl
 
 @pytest.mark.parametrize("kind", ["root", "split"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_running_variances_stay_together_in_training(plain, by_workers, kind: str, world: int) -> None:
-    """Only the variances: a bias before batch norm has a gradient of 0 but for rounding, of which Adam makes steps
-    of full length, and the running means follow it (without any effect on the loss).
-    """
+def test_running_statistics_stay_together_in_training(plain, by_workers, kind: str, world: int) -> None:
+    """Means too, after 50 steps of training: there is no bias before a batch norm for rounding to drift along."""
     found, expected = by_workers(world)[kind][0].weights, plain.phases[kind].weights
-    variances = [name for name in expected if name.endswith("running_var")]
-    assert variances
-    assert_close({n: found[n] for n in variances}, {n: expected[n] for n in variances}, rtol=1e-3, atol=1e-6)
+    statistics = [name for name in expected if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    assert_close({n: found[n] for n in statistics}, {n: expected[n] for n in statistics}, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -468,14 +466,15 @@ def test_ema_does_not_depend_on_the_workers(plain, by_workers, world: int) -> No
 
 def test_zero_stages_are_equal(home, launch, plain) -> None:
     """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMA as in closed form from the plain weights."""
-    jobs = [Job("diffusion", home, f"zero-{zero}", SHORT, zero=zero) for zero in range(4)]
+    jobs = [Job("diffusion", home, f"zero-{zero}", 12, zero=zero) for zero in range(4)]
     ranks = launch(2, train_all, jobs)
-    history = plain.phases["diffusion"].history[:SHORT]
+    history = plain.phases["diffusion"].history[: jobs[0].steps]
     expected = power_average([{n: h[n] for n in plain.phases["diffusion"].trained} for h in history])
+    reference = losses(parity_job(home, "diffusion", "plain"))[: jobs[0].steps]
     for i, job in enumerate(jobs):
         results = [r[i] for r in ranks]
         assert_same_everywhere(results)
-        np.testing.assert_allclose(losses(job), losses(parity_job(home, "diffusion", "plain"))[:SHORT], rtol=1e-5)
+        np.testing.assert_allclose(losses(job), reference, rtol=1e-5)
         assert_close(results[0].averages, expected, rtol=1e-4, atol=1e-5)
         assert_close(results[0].weights, history[-1], rtol=1e-4, atol=1e-5)
 
@@ -503,7 +502,7 @@ def parts(job: Job) -> dict[str, str]:
 
 def resume_jobs(home: Path, kind: str, zero: int) -> tuple[Job, Job, Job]:
     """The straight run, the run that is lost, and the one that goes on from half way."""
-    straight = Job(kind, home, f"{kind}-{zero}-straight", LAST, zero=zero, keep_every=KEEP)
+    straight = Job(kind, home, f"{kind}-{zero}-straight", LAST, slots=2 if zero == 3 else 4, zero=zero, keep_every=KEEP)
     lost = dataclasses.replace(straight, name=f"{kind}-{zero}-lost", dies_at=DEATH)
     return straight, lost, dataclasses.replace(lost, dies_at=None, restore=HALF // KEEP - 1)
 

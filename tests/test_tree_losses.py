@@ -226,7 +226,8 @@ def path_terms(tree: TreeVAE, leaf: int, x: torch.Tensor) -> dict[str, torch.Ten
             log_p = log_p + D.Bernoulli(logits=networks["prior_router"](z)).log_prob(went_left)
     decoded = tree.nodes[str(leaf)]["decoder"](z)
     if tree.spec.likelihood == "bernoulli":
-        rec = F.binary_cross_entropy(decoded.sigmoid(), x, reduction="none").sum((1, 2, 3))
+        # -log of x s + (1 - x)(1 - s) in logits: a rounded sigmoid would lose the digits that are compared.
+        rec = (torch.logaddexp(torch.zeros_like(decoded), decoded) - x * decoded).sum((1, 2, 3))
     else:
         rec = (x - decoded).square().sum((1, 2, 3))
     return {"q": log_q.exp(), "rec": rec, "root": kl_root, "nodes": kl_nodes, "decisions": log_q - log_p}

@@ -48,14 +48,18 @@ class SlotBatchNorm(nn.BatchNorm2d):
         self.slots_seen = 0
 
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
     """A padded conv, kernel 3 or stride + 1 if that is larger: stride 1 keeps the size, 2 halves it rounding up."""
-    return nn.Conv2d(inputs, outputs, max(3, stride + 1), stride, padding=1)
+    return nn.Conv2d(inputs, outputs, max(3, stride + 1), stride, padding=1, bias=bias)
 
 
 def conv_bn_silu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """[B, inputs, h, w] -> [B, outputs, h/stride, w/stride]."""
-    return nn.Sequential(conv3x3(inputs, outputs, stride), SlotBatchNorm(outputs), nn.SiLU())
+    """[B, inputs, h, w] -> [B, outputs, h/stride, w/stride].
+
+    No bias before a batch norm, here or below: its gradient is nothing but rounding, which Adam makes full steps of,
+    and running means would come to depend on how many workers share the slots.
+    """
+    return nn.Sequential(conv3x3(inputs, outputs, stride, bias=False), SlotBatchNorm(outputs), nn.SiLU())
 
 
 class ConvBlock(nn.Module):
@@ -103,12 +107,12 @@ class Router(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, size: int):
         super().__init__()
-        self.squeeze = conv3x3(inputs, 1)
+        self.squeeze = conv3x3(inputs, 1, bias=False)
         self.layers = nn.Sequential(
-            nn.Linear(size * size, hidden),
+            nn.Linear(size * size, hidden, bias=False),
             SlotBatchNorm(hidden),
             nn.SiLU(),
-            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden, bias=False),
             SlotBatchNorm(hidden),
             nn.SiLU(),
             nn.Linear(hidden, 1),
@@ -184,7 +188,7 @@ class ResidualBlock(nn.Module):
             *(
                 layer
                 for i in range(3)
-                for layer in (SlotBatchNorm(widths[i]), nn.SiLU(), conv3x3(widths[i], widths[i + 1]))
+                for layer in (SlotBatchNorm(widths[i]), nn.SiLU(), conv3x3(widths[i], widths[i + 1], bias=i == 2))
             )
         )
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
