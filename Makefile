@@ -36,7 +36,7 @@ bench: setup
 # Shows the runs of ./runs; another folder: make ui RUNS=…
 RUNS ?= runs
 ui: setup
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(RUNS)/mlflow.db"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

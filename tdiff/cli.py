@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from tdiff.config import ConfigError
-from tdiff.data.shards import DataError
-from tdiff.engine import NonFiniteError
-from tdiff.launch import WorkersLostError
+from tdiff.errors import Problem
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -24,11 +22,25 @@ def parser(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The arguments [CONFIG] [a.b=c …], in any order among the options; read them with `config_and_settings`."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one: the digits demo")
+    parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings over it, such as tree.max_leaves=8")
+
+
+def config_and_settings(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """CONFIG, if one is named, and the settings."""
+    path, settings = arguments.config, arguments.settings
+    if path is not None and "=" in path and not os.path.isfile(path):  # noqa: PTH113
+        return None, [path, *settings]
+    return path, settings
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command; a known problem becomes one sentence on stderr and exit code 2, an interruption 130."""
     try:
         main()
-    except (ConfigError, DataError, NonFiniteError, WorkersLostError) as error:
+    except (Problem, OSError) as error:
         print(f"tdiff: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -6,8 +6,6 @@ Every problem is a `ConfigError` whose message is one sentence naming field, val
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -19,11 +17,11 @@ from pydantic_core import PydanticCustomError
 
 from tdiff.diffusion.condition import CONDITIONS
 from tdiff.diffusion.unet import UNetSpec
+from tdiff.errors import ConfigError
 from tdiff.tree.model import TreeSpec
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one sentence for the user."""
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+"""Names that become a folder of their own: nothing that could lead elsewhere."""
 
 
 class Section(BaseModel):
@@ -39,8 +37,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    name: Literal["digits"] = Field("digits", description="data set to pack, if `url` holds none yet")
-    url: str | None = Field(None, description="folder of the shards, local or s3://; default: RUNS/data/NAME")
+    name: Literal["digits"] = Field("digits", description="data set to pack where `url` names none")
+    url: str | None = Field(None, description="folder of shards that are there, local or s3://")
     shard_samples: int = Field(500, ge=1, description="images per shard when packing")
 
 
@@ -106,9 +104,11 @@ class Samples(Section):
 
 class Config(Section):
     name: str | None = Field(None, description="run folder below `runs`; default: derived from the config")
-    runs: str = Field("runs", description="root folder of all runs, local or s3://")
+    runs: str = Field("runs", min_length=1, description="root folder of all runs, local or s3://")
     seed: int = Field(0, ge=0)
-    workers: int = Field(2, ge=1, description="Ray workers at most; each stage takes a divisor of its slots")
+    workers: int | None = Field(
+        None, ge=1, description="Ray workers at most, a stage takes a divisor of its slots; default: 2, or fewer CPUs"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of stage 2; auto: bf16 where it is fast")
     tracking: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the runs folder")
     data: Data = Data()
@@ -120,7 +120,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         # A folder of its own directly below `runs`: --fresh deletes it. Beside it lie the data and MLflow's files.
         taken = ("data", "mlartifacts", "mlflow.db")
-        if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", self.name) or self.name in taken):
+        if self.name is not None and (not FOLDER_NAME.fullmatch(self.name) or self.name in taken):
             raise ValueError(
                 f"name={self.name!r} cannot name a run's folder: take letters, digits, and any of . _ + = - within "
                 f"(but not {', '.join(taken)})"
@@ -156,7 +156,10 @@ class Config(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """All that results depend on; not names, places, workers or logging."""
+        """All settings that results depend on; not names, places, workers or logging, nor what is resolved elsewhere.
+
+        Data and precision enter a run's digest as what they resolve to (`tdiff.opening.digest_of`).
+        """
         return self.model_dump(
             mode="json",
             exclude={
@@ -164,19 +167,12 @@ class Config(Section):
                 "runs": True,
                 "workers": True,
                 "tracking": True,
-                "data": {"url"},
+                "precision": True,
+                "data": True,
                 "tree": {"checkpoint_images"},
                 "diffusion": {"checkpoint_images"},
             },
         )
-
-    def digest(self) -> str:
-        """SHA-256 over `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-    @property
-    def run_name(self) -> str:
-        return self.name or f"{self.data.name}-{self.digest()[:8]}"
 
     def tree_spec(self, channels: int, image_size: int) -> TreeSpec:
         """The TreeVAE's shape for images of [channels, image_size, image_size]."""

@@ -23,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,14 +34,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tdiff.errors import ConfigError, NonFiniteError
 from tdiff.seeds import generator, seed_of
 from tdiff.tracking import MetricParts
 
 Batch = dict[str, Tensor]
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is not finite; the message says at which step and in which term."""
 
 
 class Worker(Protocol):
@@ -49,8 +47,8 @@ class Worker(Protocol):
     rank: int
     world: int
 
-    def restored(self) -> Path | None:
-        """Local folder of the checkpoint to go on from, if there is one."""
+    def restored(self) -> AbstractContextManager[Path | None]:
+        """Local folder of the checkpoint to go on from, if there is one, for as long as it is read."""
 
     def keep(self, directory: Path) -> None:
         """Makes a checkpoint durable; called by all workers, each with a folder of its own files."""
@@ -348,7 +346,7 @@ def train(task: Task, worker: Worker) -> Outcome:
         losses, metrics = [], defaultdict[str, list[Tensor]](list)
         for slot in range(worker.rank, task.slots, worker.world):
             clock = time.monotonic()
-            batch = task.batch(step, slot)
+            batch = {name: part.to(device, non_blocking=True) for name, part in task.batch(step, slot).items()}
             seconds["data"] += time.monotonic() - clock
             torch.manual_seed(seed_of("dropout", task.seed, task.phase, step, slot))
             rng = generator("loss", task.seed, task.phase, step, slot, device=device)
@@ -427,17 +425,17 @@ def _save(backend: Backend, average: Averager | None, worker: Worker, step: int)
 
 def _restore(task: Task, backend: Backend, average: Averager | None, worker: Worker) -> int:
     """Goes back to the worker's checkpoint, if it has one: the number of steps already done."""
-    directory = worker.restored()
-    if directory is None:
-        return 0
-    progress = json.loads((directory / "progress.json").read_text())
-    if progress["world"] != worker.world:
-        raise RuntimeError(
-            f"{task.phase} has a checkpoint of {progress['world']} workers and cannot go on with {worker.world}: "
-            f"set workers={progress['world']}"
-        )
-    backend.load(directory)
-    if average is not None:
-        backend.scatter(average.averages, load_file(directory / "ema.safetensors"))
+    with worker.restored() as directory:
+        if directory is None:
+            return 0
+        progress = json.loads((directory / "progress.json").read_text())
+        if progress["world"] != worker.world:
+            raise ConfigError(
+                f"{task.phase} has a checkpoint of {progress['world']} workers and cannot go on with {worker.world}: "
+                f"set workers={progress['world']}."
+            )
+        backend.load(directory)
+        if average is not None:
+            backend.scatter(average.averages, load_file(directory / "ema.safetensors"))
     step: int = progress["step"]
     return step

@@ -6,7 +6,8 @@ import time
 
 from tdiff import cli, launch, results
 from tdiff.cli import console
-from tdiff.config import ConfigError
+from tdiff.config import FOLDER_NAME
+from tdiff.errors import ConfigError
 from tdiff.runs import existing
 from tdiff.work.sampling import MODES
 
@@ -21,18 +22,17 @@ def main() -> None:
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), help="default: the run's samples.sampler")
     parser.add_argument("--seed", type=int, help="default: the run's")
     parser.add_argument("--batch", type=int, help="images per shard; part of what a sample depends on")
-    parser.add_argument("--workers", type=int, help="Ray workers (default: the run's)")
+    parser.add_argument("--workers", type=int, help="Ray workers (default: 2, or fewer CPUs)")
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
     arguments = parser.parse_args()
     run = existing(arguments.run)
     settings = {key: getattr(arguments, key) for key in ("mode", "num", "leaf", "steps", "sampler", "seed", "batch")}
     name = arguments.out or "-".join([f"{k}={v}" for k, v in settings.items() if v is not None])
-    if "/" in name:
+    if not FOLDER_NAME.fullmatch(name):
         raise ConfigError(f"--out={name} is no plain name: it becomes a folder below RUN/samples.")
-    workers = arguments.workers if arguments.workers is not None else run.config().workers
-    if workers < 1:
-        raise ConfigError(f"--workers={workers} cannot be used: take 1 or more.")
-    launch.check_workers(workers)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
+    workers = launch.default_workers(arguments.workers)
     job = results.sample_job(run, name, **settings)
     started = time.monotonic()
 
@@ -44,7 +44,7 @@ def main() -> None:
     if results.unfinished({name: job}):
         launch.connect(workers)
         try:
-            results.draw({name: job}, workers, progress)
+            results.draw({name: job}, launch.at_once(workers), progress)
         finally:
             launch.disconnect()
     count = job.num * job.images_per_draw

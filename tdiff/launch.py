@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,52 +19,66 @@ if not os.environ.get("RAY_ADDRESS"):
     # Nobody preempts or scrapes a cluster that lives within this process: 2 of 10 s of every job's start and end.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    # Ray's default for a new local cluster, which listens on every interface; said here, it does not warn.
+    # Ray's default for a new local cluster, which listens on every interface.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
 
 import ray
 import ray.exceptions
 
-from tdiff.config import ConfigError
+from tdiff.errors import ConfigError, Problem, WorkersLostError
 
 
-class WorkersLostError(RuntimeError):
-    """Workers died again and again; the message says where, and the last reason."""
+def default_workers(workers: int | None) -> int:
+    """How many workers are wanted: as asked for, or 2, or as many as this machine's CPUs if it has fewer.
 
-
-def check_workers(workers: int) -> None:
-    """Raises ConfigError if this machine, where no cluster is named, has fewer CPUs than workers."""
-    cpus = len(os.sched_getaffinity(0))
-    if not os.environ.get("RAY_ADDRESS") and workers > cpus:
+    Raises ConfigError if more are asked for than this machine, where no cluster is named, has CPUs.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return workers or 2
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and workers > cpus:
         raise ConfigError(f"workers={workers} is more than this machine's {cpus} CPUs: take workers={cpus}.")
+    return workers or min(2, cpus)
 
 
 def connect(workers: int) -> None:
     """Joins the cluster that RAY_ADDRESS names (as in a Ray job), or starts a local one, unless that is done.
 
-    Raises ConfigError if it has fewer CPUs than workers.
+    Raises ConfigError if it cannot be joined, or has fewer CPUs than workers.
     """
-    check_workers(workers)
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            include_dashboard=True,  # without it Ray Train's cleaner warns many times a second
-            logging_level=logging.WARNING,
-        )
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else True,  # without it Ray Train's cleaner warns without end
+                logging_level=logging.WARNING,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            remedy = "start that cluster, or unset RAY_ADDRESS" if address else "see the reason"
+            raise ConfigError(f"RAY_ADDRESS={address or 'local'} cannot be reached ({reason}): {remedy}.") from error
     available = int(ray.cluster_resources().get("CPU", 0))
     if workers > available:
         raise ConfigError(f"workers={workers} is more than the cluster's {available} CPUs: take workers={available}.")
+
+
+def gpus() -> int:
+    """GPUs of the cluster that is connected: where there are any, every worker gets one."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def at_once(workers: int) -> int:
+    """How many of the wanted workers the connected cluster can run at once."""
+    return min(workers, gpus()) if gpus() else workers
 
 
 def disconnect() -> None:
     """Leaves the cluster; a local one ends."""
     if ray.is_initialized():
         ray.shutdown()
-
-
-def uses_gpus() -> bool:
-    """Whether the cluster has GPUs: then every worker gets one."""
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 @dataclass
@@ -73,14 +88,16 @@ class TrainWorker:
     rank: int
     world: int
 
-    def restored(self) -> Path | None:
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
         from ray import train
 
         checkpoint = train.get_checkpoint()
         if checkpoint is None:
-            return None
-        folder = Path(tempfile.mkdtemp(prefix="tdiff-restored-"))
-        return Path(checkpoint.to_directory(str(folder)))
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
 
     def keep(self, directory: Path) -> None:
         from ray import train
@@ -88,6 +105,13 @@ class TrainWorker:
         train.report({}, checkpoint=train.Checkpoint.from_directory(str(directory)))
         # report() returns before the controller has registered the checkpoint: wait, so that it counts.
         train.get_all_reported_checkpoints()
+
+
+def _one_thread() -> None:
+    """One thread a worker: sums, and so results, must not depend on a machine's cores or its OMP_NUM_THREADS."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def fit(
@@ -110,6 +134,7 @@ def fit(
 
     def loop(config: dict[str, Any]) -> None:
         logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every checkpoint on the root logger
+        _one_thread()
         context = train.get_context()
         config["function"](config["argument"], TrainWorker(context.get_world_rank(), context.get_world_size()))
 
@@ -117,7 +142,7 @@ def fit(
         trainer = TorchTrainer(
             loop,
             train_loop_config={"function": function, "argument": argument},
-            scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=uses_gpus()),
+            scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=gpus() > 0),
             run_config=train.RunConfig(
                 name="checkpoints",
                 storage_path=url,
@@ -132,7 +157,7 @@ def fit(
             failures = list(getattr(error, "worker_failures", {}).values())
             for failure in failures:
                 cause = getattr(failure, "_base_exc", failure)
-                if isinstance(cause, ValueError | ArithmeticError):
+                if isinstance(cause, Problem | ValueError | ArithmeticError):
                     cause.add_note(str(failure))  # the worker's traceback
                     raise cause from error
             reason = " ".join(str(failures[0] if failures else error).split())[-300:]
@@ -152,9 +177,10 @@ def map_on_actors(
 
     class Caller:
         def call(self, task: tuple[Any, ...]) -> Any:
+            _one_thread()
             return function(*task)
 
-    new_actor = ray.remote(num_cpus=1, num_gpus=1 if uses_gpus() else 0, max_restarts=0)(Caller).remote
+    new_actor = ray.remote(num_cpus=1, num_gpus=1 if gpus() else 0, max_restarts=0)(Caller).remote
 
     waiting = list(range(len(tasks)))[::-1]
     tries = dict.fromkeys(waiting, 0)
@@ -175,7 +201,8 @@ def map_on_actors(
             result = ray.get(ready)
         except ray.exceptions.RayActorError as error:
             if tries[index] >= attempts:
-                raise WorkersLostError(f"task {index} lost its worker {attempts} times: {error}") from error
+                reason = " ".join(str(error).split())[:300]
+                raise WorkersLostError(f"task {index} lost its worker {attempts} times: {reason}") from error
             waiting.append(index)
             actor = new_actor()
             start(actor)

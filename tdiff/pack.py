@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tdiff import cli, storage
 from tdiff.cli import console
-from tdiff.config import ConfigError
 from tdiff.data.shards import pack
 from tdiff.data.sources import SOURCES
+from tdiff.errors import ConfigError
 
 
 def main() -> None:

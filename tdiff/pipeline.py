@@ -10,48 +10,31 @@ phases wrote (`tdiff.tree.growth`).
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from tdiff import config as configs
 from tdiff import launch, results, storage
-from tdiff.config import Config, ConfigError
-from tdiff.data.shards import DataError, Manifest, pack, read_manifest
-from tdiff.data.sources import SOURCES
-from tdiff.runs import Run
+from tdiff.config import Config
+from tdiff.errors import ConfigError
+from tdiff.opening import opened
+from tdiff.runs import PHASE_NAME, Run
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import PHASE as DIFFUSION
 from tdiff.work.diffusing import DiffusionPhase, diffuse
-from tdiff.work.growing import GrowingPhase, Kind, check, grow, load_routing, load_topology, prune
+from tdiff.work.growing import GrowingPhase, Kind, grow, load_routing, load_topology, prune
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
-PHASE_NAME = re.compile(r"\d\d+-(root|refit|prune|finetune|split-\d+)")
 
 
 def workers_for(slots: int, at_most: int) -> int:
     """The largest divisor of `slots` that is not above `at_most`."""
     return max(w for w in range(1, min(slots, at_most) + 1) if slots % w == 0)
-
-
-def resolve_precision(precision: str) -> bool:
-    """Whether stage 2 runs in bf16. auto: on GPUs, and on CPUs that compute in it. Raises ConfigError."""
-    has_gpu = torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported() if has_gpu else torch.cpu._is_avx512_bf16_supported()
-    if precision == "bf16" and not fast:
-        raise ConfigError("precision='bf16' needs a GPU or CPU that computes in bf16, this one does not: take auto.")
-    return precision != "fp32" and fast
 
 
 # --- what comes next ---------------------------------------------------------------------------------
@@ -96,104 +79,6 @@ def next_tree_phase(done: list[str], config: Config, read: Callable[[str], tuple
     return NextPhase(f"{number}-split-{leaf}", "split", node=leaf)
 
 
-# --- opening a run -----------------------------------------------------------------------------------
-
-
-def open_run(config: Config, fresh: bool = False) -> Run:
-    """The run folder for a config, made or found. Raises ConfigError if it belongs to another config."""
-    run = Run(storage.absolute(storage.join(config.runs, config.run_name)))
-    bf16 = resolve_precision(config.precision)
-    if storage.exists(run.at("run.json")) and not fresh:
-        record, theirs = run.record(), run.config()
-        if record["digest"] != config.digest():
-            what = "; ".join(configs.differences(config, theirs)[:3])
-            raise ConfigError(
-                f"RUN {run.url} belongs to another config ({what}): give this one a name=… of its own, or --fresh."
-            )
-        return run
-    try:
-        _make_room(run, fresh)
-        storage.write_text(run.at("config.yaml"), config.to_yaml())
-        record = {
-            "id": f"{run.name}-{config.digest()[:12]}-{time.time_ns():x}",
-            "digest": config.digest(),
-            "config": config.model_dump(mode="json"),
-            "bf16": bf16,
-            "commit": _commit(),
-            "versions": {name: metadata.version(name) for name in ("tdiff", "torch", "deepspeed", "ray", "webdataset")},
-        }
-        storage.write_text(run.at("run.json"), json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"runs={config.runs} cannot be written ({error}): take a folder that can.") from error
-    return run
-
-
-def _make_room(run: Run, fresh: bool) -> None:
-    """Deletes a run's folder if asked to. Raises ConfigError for a folder that is another's, or being worked on."""
-    there = set(storage.listing(run.url))
-    if fresh and there & {"run.json", "config.yaml"}:
-        with only_driver(run):
-            # First, so that a deletion that is cut short never leaves old phases under a valid record.
-            storage.remove(run.at("run.json"))
-            storage.remove(run.url)
-    elif fresh and there:
-        raise ConfigError(f"RUN {run.url} is not a run's folder, so --fresh does not delete it: use another name=….")
-    elif "tree" in there:
-        raise ConfigError(f"RUN {run.url} holds phases but no run.json: start it over with --fresh.")
-
-
-def _commit() -> str | None:
-    """The git commit of the code, with a + if the work tree differs from it; None outside a checkout."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def data_url(config: Config) -> str:
-    """Where the shards are, or will be."""
-    return storage.absolute(config.data.url or storage.join(config.runs, "data", config.data.name))
-
-
-def open_data(config: Config) -> tuple[str, Manifest]:
-    """The shards' folder and manifest, packed first if there are none. Raises ConfigError."""
-    url = data_url(config)
-    try:
-        if not storage.exists(storage.join(url, "manifest.json")):
-            pack(SOURCES[config.data.name](), url, config.data.shard_samples)
-        manifest = read_manifest(url)
-        if "train" not in manifest.splits:
-            raise DataError(f"{url} has no split named train")
-        check(config, manifest)
-    except OSError as error:
-        raise ConfigError(f"data.url={url} cannot be read or written ({error}): take another folder.") from error
-    except ValueError as error:
-        raise ConfigError(f"{error}.") from error
-    return url, manifest
-
-
-@contextmanager
-def only_driver(run: Run) -> Iterator[None]:
-    """Keeps a second driver off a local run folder while this one works on it. Raises ConfigError."""
-    if not storage.is_local(run.url):
-        yield
-        return
-    import fcntl
-
-    with Path(run.at(".lock")).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"RUN {run.url} is being worked on by another process: wait for it, or use a name=… of its own."
-            ) from error
-        yield
-
-
 # --- the run -----------------------------------------------------------------------------------------
 
 
@@ -204,22 +89,25 @@ class Driver:
     config: Config
     run: Run
     data_url: str
+    workers: int
     mirror: Mirror
     say: Say
 
-    def connect(self) -> None:
-        launch.connect(self.config.workers)
+    def crew(self, stage: str, slots: int) -> int:
+        """Connects to Ray; how many workers a stage of so many slots gets. Says so where it is not what was asked."""
+        launch.connect(self.workers)
+        workers = workers_for(slots, launch.at_once(self.workers))
+        if workers != self.workers:
+            self.say(f"{stage}: {workers} of {self.workers} workers, the most that share {slots} slots evenly")
+        return workers
 
     def grow_tree(self, until: str | None) -> bool:
         """Runs the tree's phases; whether it came to its end (False: `until` came first)."""
-        tree = self.config.tree
-        workers = workers_for(tree.slots, self.config.workers)
-        while True:
-            done = self.run.tree_phases()
-            for name in done:
-                self._mirror_phase(self.run.at("tree", name), name)
-            if until in done:
-                return False
+        done = self.run.tree_phases()
+        for name in done:
+            self._mirror_phase(self.run.at("tree", name), name)
+        workers: int | None = None
+        while until not in done:
             upcoming = next_tree_phase(done, self.config, self._read_phase)
             if upcoming is None:
                 return True
@@ -230,11 +118,13 @@ class Driver:
                 assert previous is not None
                 prune(previous, url, upcoming.leaves)
             else:
-                self.connect()
+                workers = workers or self.crew("tree", self.config.tree.slots)
                 kind, leaf = upcoming.kind, upcoming.node
                 phase = GrowingPhase(upcoming.name, kind, url, previous, leaf, self.data_url, self.config)
                 launch.fit(grow, phase, workers, url, self.say)
             self._finish(url, upcoming.name, started)
+            done.append(upcoming.name)
+        return False
 
     def _read_phase(self, name: str) -> tuple[Topology, Any]:
         url = self.run.at("tree", name)
@@ -243,34 +133,34 @@ class Driver:
     def diffuse(self) -> None:
         """Trains the diffusion model, unless that is done."""
         url = self.run.at(DIFFUSION)
-        if not storage.finished(url):
-            self.connect()
-            section = self.config.diffusion
-            phase = DiffusionPhase(url, self.run.grown_tree, self.data_url, self.config, self.run.record()["bf16"])
-            started = time.time()
-            launch.fit(diffuse, phase, workers_for(section.slots, self.config.workers), url, self.say)
-            self._finish(url, DIFFUSION, started)
-        self._mirror_phase(url, DIFFUSION)
+        if storage.finished(url):
+            self._mirror_phase(url, DIFFUSION)
+            return
+        workers = self.crew(DIFFUSION, self.config.diffusion.slots)
+        phase = DiffusionPhase(url, self.run.grown_tree, self.data_url, self.config, self.run.record()["bf16"])
+        started = time.time()
+        launch.fit(diffuse, phase, workers, url, self.say)
+        self._finish(url, DIFFUSION, started)
 
     def _finish(self, url: str, name: str, started: float) -> None:
-        """Marks a phase as complete, noting what it took; says so."""
+        """Marks a phase as complete, noting what its last start took; says so, and mirrors it."""
         ended = time.time()
         summary_url = storage.join(url, "summary.json")
-        summary = json.loads(storage.read_text(summary_url)) if storage.exists(summary_url) else {}
+        summary = storage.read_json(summary_url) if storage.exists(summary_url) else {}
         first, last = summary.pop("first_step_at", started), summary.pop("last_step_at", ended)
         # Everything of a Ray job that is not its steps: processes, imports, set-up, and writing at the end.
         summary["wall_seconds"] = ended - started
         summary["overhead_seconds"] = ended - started - (last - first)
         storage.write_text(summary_url, json.dumps(summary, indent=1) + "\n")
         storage.finish(url)
-        leaves = f"{summary['leaves']} leaves" if "leaves" in summary else ""
-        self.say(
-            f"{name:<14} {summary['wall_seconds']:6.1f} s  (of which start and end {summary['overhead_seconds']:.1f} s)"
-            f"  {leaves}"
-        )
+        storage.remove(storage.join(url, "checkpoints"))  # optimizer moments, which no later phase reads
+        leaves = f"  {len(load_topology(url).leaves)} leaves" if name != DIFFUSION else ""
+        wall, overhead = summary["wall_seconds"], summary["overhead_seconds"]
+        self.say(f"{name:<14} {wall:6.1f} s  (of which start and end {overhead:.1f} s){leaves}")
+        self._mirror_phase(url, name)
 
     def _mirror_phase(self, url: str, name: str) -> None:
-        summary = json.loads(storage.read_text(storage.join(url, "summary.json")))
+        summary = storage.read_json(storage.join(url, "summary.json"))
         totals = {key: value for key, value in summary.items() if isinstance(value, int | float)}
         self.mirror.phase(name, read_metrics(storage.join(url, "metrics")), totals)
 
@@ -278,9 +168,9 @@ class Driver:
         """Draws what the numbers and pictures need, unless that is done."""
         jobs = results.unfinished(results.standard_jobs(self.run))
         if jobs:
-            self.connect()
+            launch.connect(self.workers)
             started = time.time()
-            count = results.draw(jobs, self.config.workers)
+            count = results.draw(jobs, launch.at_once(self.workers))
             seconds = time.time() - started
             self.run.update(sampling={"images": count, "seconds": seconds})
             self.say(f"{'samples':<14} {seconds:6.1f} s  {count} images")
@@ -310,16 +200,6 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield f"{prefix}{key}", float(value)
 
 
-def tracking_uri(config: Config) -> tuple[str, str | None]:
-    """MLflow's address and, for the default sqlite store, its folder of artifacts. Raises ConfigError."""
-    if config.tracking:
-        return config.tracking, None
-    runs = storage.absolute(config.runs)
-    if not storage.is_local(runs):
-        raise ConfigError(f"runs={config.runs} cannot hold MLflow's sqlite file: set tracking=URI of an MLflow server.")
-    return f"sqlite:///{runs}/mlflow.db", f"file://{runs}/mlartifacts"
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What `train` returns: the run, its numbers (None where it stopped earlier), MLflow's address and trouble."""
@@ -333,27 +213,20 @@ class Outcome:
 def train(config: Config, until: str | None = None, fresh: bool = False, say: Say = print) -> Outcome:
     """Carries a run on from where it is, to its end or to the end of `until` (a stage or a tree phase's name).
 
-    Raises ConfigError, before any worker starts, for what can be known to be wrong by then.
+    Raises ConfigError or DataError, before any worker starts, for what can be known to be wrong by then.
     """
     if until is not None and until not in STAGES and not PHASE_NAME.fullmatch(until):
         raise ConfigError(f"--until {until} is no stage or phase: take one of {', '.join(STAGES)}, or as 03-split-4.")
-    uri, artifacts = tracking_uri(config)
-    launch.check_workers(config.workers)
-    run = open_run(config, fresh)
-    with only_driver(run):
-        url, manifest = open_data(config)
-        record = run.record()
-        if record.setdefault("data_digest", manifest.digest) != manifest.digest:
-            raise ConfigError(
-                f"RUN {run.url} was made from other data than {url} now holds: "
-                "bring the old data back, or use a name=… of its own."
-            )
-        run.update(data_digest=manifest.digest, data_url=url)
-        mirror = Mirror(uri, config.data.name, run.name, record["id"], artifacts)
-        versions = {f"version.{name}": version for name, version in record["versions"].items()}
-        tags = {"git_commit": record["commit"] or "unknown", "data_digest": manifest.digest, **versions}
+    with opened(config, fresh) as opening:
+        run, record = opening.run, opening.run.record()
+        mirror = Mirror(opening.tracking, opening.experiment, run.name, record["id"], opening.artifacts)
+        tags = {
+            "mlflow.source.git.commit": record["commit"] or "unknown",
+            "data_digest": record["data_digest"],
+            **{f"version.{name}": version for name, version in record["versions"].items()},
+        }
         mirror.open(configs.flat(config), tags, {"config.yaml": config.to_yaml()})
-        driver = Driver(config, run, url, mirror, say)
+        driver = Driver(config, run, record["data_url"], opening.workers, mirror, say)
         numbers = None
         try:
             if driver.grow_tree(until) and until != "tree":
@@ -368,4 +241,4 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
         finally:
             launch.disconnect()
             warning = mirror.close()
-    return Outcome(run, numbers, uri, warning)
+    return Outcome(run, numbers, opening.tracking, warning)

@@ -8,7 +8,9 @@ from tdiff.config import Config
 from tdiff.data.shards import read_manifest
 from tdiff.data.sources import SOURCES
 from tdiff.diffusion.condition import Denoiser
-from tdiff.pipeline import data_url, workers_for
+from tdiff.launch import default_workers
+from tdiff.opening import data_url
+from tdiff.pipeline import workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import denoiser_spec
@@ -42,13 +44,8 @@ def size_of_data(chosen: Config) -> tuple[int, tuple[int, ...]]:
 
 def main() -> None:
     parser = cli.parser("plan", "Parameters, steps and memory of a run, before anything runs.")
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one: the digits demo")
-    parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings")
-    arguments = parser.parse_args()
-    path, settings = arguments.config, arguments.settings
-    if path is not None and "=" in path:
-        path, settings = None, [path, *settings]
-    chosen = config.load(path, settings)
+    cli.add_config(parser)
+    chosen = config.load(*cli.config_and_settings(parser.parse_intermixed_args()))
     images, (channels, image_size, _) = size_of_data(chosen)
 
     topology = Topology.root_with_two_leaves("00-root")
@@ -62,7 +59,7 @@ def main() -> None:
     splits = chosen.tree.max_leaves - 2
     refits = max(0, splits - 1) // chosen.tree.refit_every if epochs.refit else 0
     whole = epochs.initial + refits * epochs.refit + epochs.final
-    workers = workers_for(section.slots, chosen.workers)
+    workers = workers_for(section.slots, default_workers(chosen.workers))
     rows = []
     for name, model, zero, parts in (("tree", tree, 0, 1), ("diffusion", denoiser, section.zero, workers)):
         count = sum(p.numel() for p in model.parameters())
@@ -70,7 +67,7 @@ def main() -> None:
         steps = whole * per_epoch if name == "tree" else section.images // section.batch
         rows.append((name, f"{count:,}", f"{steps:,}", f"{memory:.1f}", str(zero), str(parts)))
     header = ("stage", "parameters", "steps of the whole network", "MB per worker but activations", "ZeRO", "workers")
-    cli.show_tables([(f"{chosen.run_name}: {images:,} images, {chosen.tree.max_leaves} leaves", [header, *rows])])
+    cli.show_tables([(f"{images:,} images, {chosen.tree.max_leaves} leaves", [header, *rows])])
     console.print(f"and {splits} splits of {epochs.split} epochs each, on one leaf's images")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tdiff import cli, results
 from tdiff.cli import console
-from tdiff.config import ConfigError
+from tdiff.errors import ConfigError
 from tdiff.runs import existing
 
 

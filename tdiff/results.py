@@ -15,16 +15,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tdiff import launch, storage
-from tdiff.config import ConfigError
 from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Images, read_split
-from tdiff.figures.page import page
+from tdiff.diffusion.condition import DenoiserSpec
+from tdiff.errors import ConfigError
+from tdiff.figures.page import CAPTIONS, page
 from tdiff.figures.plots import grid, save
 from tdiff.runs import Run
 from tdiff.tracking import read_metrics
 from tdiff.work import drawing, scoring
 from tdiff.work.growing import load_routing, load_topology
-from tdiff.work.sampling import MODES, SampleJob, draw_shard, read_samples
+from tdiff.work.sampling import MODES, SampleJob, draw_shard, read_samples, time_grid
 
 Progress = Callable[[int, int], None]
 Settings = dict[str, Any]
@@ -62,7 +63,8 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
             raise ConfigError(f"{key}={chosen[key]} cannot be used: take 1 or more.")
     data_url = record["data_url"]
     if chosen["mode"].startswith("reconstruct"):
-        there = read_manifest(data_url).samples("test")
+        splits = read_manifest(data_url)
+        there = splits.samples("test") if "test" in splits.splits else 0
         if chosen["num"] > there:
             raise ConfigError(f"num={chosen['num']} is more than the {there} test images: take at most {there}.")
     return SampleJob(
@@ -99,7 +101,7 @@ def unfinished(jobs: dict[str, SampleJob]) -> dict[str, SampleJob]:
     missing = {}
     for name, job in jobs.items():
         file = storage.join(job.url, "job.json")
-        if storage.exists(file) and (theirs := json.loads(storage.read_text(file))) != _settings(job):
+        if storage.exists(file) and (theirs := storage.read_json(file)) != _settings(job):
             ours = _settings(job)
             other = ", ".join(f"{key}={theirs.get(key)}" for key in ours if theirs.get(key) != ours[key])
             raise ConfigError(f"{job.url} holds samples of another job ({other}): choose another --out.")
@@ -127,9 +129,11 @@ def draw(jobs: dict[str, SampleJob], workers: int, progress: Progress | None = N
 
 def _complete(job: SampleJob, shards: list[Shard]) -> None:
     """Writes a drawn job's manifest.json and grid.png, and marks its folder complete."""
+    spec = DenoiserSpec.from_json(storage.read_text(storage.join(job.diffusion_url, "unet.json")))
     manifest = {
         "job": _settings(job),
         "samples": sum(shard.samples for shard in shards),
+        "network_evaluations": len(time_grid(job.grid, spec.timesteps, job.steps)),
         "shards": [asdict(shard) for shard in shards],
     }
     storage.write_text(storage.join(job.url, "manifest.json"), json.dumps(manifest, indent=1) + "\n")
@@ -144,8 +148,12 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
 
 
 def _splits(run: Run) -> dict[str, Images]:
-    url = run.record()["data_url"]
+    """The run's data, decoded. Raises ConfigError if it is no longer what the run was made from."""
+    record = run.record()
+    url = record["data_url"]
     manifest = read_manifest(url)
+    if manifest.digest != record["data_digest"]:
+        raise ConfigError(f"RUN {run.url} was made from other data than {url} now holds: bring the old data back.")
     return {split: read_split(url, manifest, split) for split in manifest.splits}
 
 
@@ -161,12 +169,15 @@ def evaluate(run: Run) -> Settings:
     splits, seed = _splits(run), run.config().seed
     topology = load_topology(run.grown_tree)
     record = run.record()
+    with scoring.one_thread():
+        clusters = scoring.clustering(topology, _routing(run, splits), splits, seed)
+        quality = scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed)
     result = {
         "run": run.name,
-        "data": {"name": run.config().data.name, "digest": record["data_digest"]},
+        "data": {"url": record["data_url"], "digest": record["data_digest"]},
         "leaves": len(topology.leaves),
-        "clustering": scoring.clustering(topology, _routing(run, splits), splits, seed),
-        "samples": scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed),
+        "clustering": clusters,
+        "samples": quality,
         "seconds": seconds(run),
     }
     storage.write_text(run.at("evaluation.json"), json.dumps(result, indent=1) + "\n")
@@ -176,14 +187,14 @@ def evaluate(run: Run) -> Settings:
 def evaluation(run: Run) -> Settings | None:
     """evaluation.json, if it is there."""
     url = run.at("evaluation.json")
-    return json.loads(storage.read_text(url)) if storage.exists(url) else None
+    return storage.read_json(url) if storage.exists(url) else None
 
 
 def seconds(run: Run) -> dict[str, float]:
     """Wall-clock seconds of every phase, as its Ray job took them."""
     out = {}
     for name, url in [*((p, run.at("tree", p)) for p in run.tree_phases()), ("diffusion", run.at("diffusion"))]:
-        summary = json.loads(storage.read_text(storage.join(url, "summary.json")))
+        summary = storage.read_json(storage.join(url, "summary.json"))
         out[name] = round(float(summary["wall_seconds"]), 1)
     if "sampling" in (record := run.record()):
         out["samples"] = round(float(record["sampling"]["seconds"]), 1)
@@ -213,7 +224,7 @@ def figures(run: Run) -> dict[str, bytes]:
     return pictures
 
 
-PICTURES = ("tree.png", "leaves.png", "root-draw.png", "samples.png", "losses-tree.png", "losses-diffusion.png")
+PICTURES = tuple(CAPTIONS)
 
 
 def report(run: Run) -> str:
@@ -254,7 +265,7 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
         models = {
             "treediffusion": "TreeDiffusion",
             "treevae": "TreeVAE",
-            "real_test": "real held-out images, for scale",
+            "real_test": f"{quality.get('real_test', {}).get('images')} real held-out images, for scale",
         }
         found = [
             (model, *(f"{quality[name][key]:.3f}" if key in quality[name] else "" for key in columns))

@@ -10,12 +10,20 @@ RUN/config.yaml  run.json
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from tdiff import config as configs
 from tdiff import storage
-from tdiff.config import Config, ConfigError
+from tdiff.config import Config
+from tdiff.errors import ConfigError
+
+PHASE_NAME = re.compile(r"\d\d+-(root|refit|prune|finetune|split-\d+)")
+
+
+def _number(phase: str) -> int:
+    return int(phase.partition("-")[0])
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,13 @@ class Run:
         return self.url.rstrip("/").rpartition("/")[2]
 
     def tree_phases(self) -> list[str]:
-        """Names of the tree's phases that are finished, in order."""
-        names = sorted(storage.listing(self.at("tree")), key=lambda name: int(name.partition("-")[0]))
-        return [name for name in names if storage.finished(self.at("tree", name))]
+        """Names of the tree's phases that are finished, in order. Raises ConfigError if one is missing between them."""
+        names = [name for name in storage.listing(self.at("tree")) if PHASE_NAME.fullmatch(name)]
+        done = sorted((name for name in names if storage.finished(self.at("tree", name))), key=_number)
+        for k, name in enumerate(done):
+            if _number(name) != k:
+                raise ConfigError(f"RUN {self.url} lacks phase {k:02d} but has {name}: start it over with --fresh.")
+        return done
 
     @property
     def grown_tree(self) -> str:
@@ -48,17 +60,20 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json. Raises ConfigError if this is no run folder."""
         try:
-            record: dict[str, Any] = json.loads(storage.read_text(self.at("run.json")))
+            record = storage.read_json(self.at("run.json"))
         except FileNotFoundError as error:
             raise ConfigError(f"RUN {self.url} is not a run folder: it holds no run.json.") from error
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"RUN {self.url} is damaged: its run.json is not JSON ({error}).") from error
+        missing = {"id", "digest", "config", "bf16", "data_url", "data_digest"} - record.keys()
+        if missing:
+            raise ConfigError(f"RUN {self.url} is damaged: its run.json has no entry {sorted(missing)[0]}.")
         return record
 
     def config(self) -> Config:
         """The resolved config of the run."""
-        record = self.record()
-        return configs.validated(record["config"])
+        try:
+            return configs.validated(self.record()["config"])
+        except ConfigError as error:
+            raise ConfigError(f"RUN {self.url} was made by another version of tdiff: {error}") from error
 
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json."""

@@ -6,11 +6,18 @@ written last, is there.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import uuid
+from typing import Any
 
 import fsspec
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from tdiff.errors import DataError
 
 COMPLETE = "COMPLETE"
 
@@ -52,6 +59,27 @@ def read_text(url: str) -> str:
     return read_bytes(url).decode()
 
 
+def read_json(url: str) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError if there is none, DataError if it is damaged."""
+    try:
+        value = json.loads(read_bytes(url))
+    except ValueError as error:
+        raise DataError(f"{url} is damaged: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{url} is damaged: it holds no JSON object")
+    return value
+
+
+def read_tensors(url: str) -> dict[str, Tensor]:
+    """A safetensors file. Raises DataError if it is missing or damaged."""
+    try:
+        return load(read_bytes(url))
+    except FileNotFoundError as error:
+        raise DataError(f"{url} is missing") from error
+    except SafetensorError as error:
+        raise DataError(f"{url} is damaged: {error}") from error
+
+
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a file whole or not at all: a reader sees the old bytes or the new ones, never a part.
 
@@ -69,6 +97,11 @@ def write_bytes(url: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105
+        folder = os.open(posixpath.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power cut could forget the new name, but not one that was given later
+        finally:
+            os.close(folder)
     finally:
         if os.path.exists(temporary):  # noqa: PTH110
             os.unlink(temporary)  # noqa: PTH108

@@ -1,7 +1,7 @@
 """Metrics: JSONL in the run folder first, MLflow as its mirror.
 
 Workers only write JSONL, one part per resume checkpoint, so that a resumed run neither loses nor doubles a
-step. The driver mirrors finished parts to MLflow: workers need neither its import (seconds) nor its address.
+step. The driver mirrors finished phases to MLflow: workers need neither its import (seconds) nor its address.
 """
 
 from __future__ import annotations
@@ -150,16 +150,17 @@ class Mirror:
         history = self._client.get_metric_history(child, "loss") if lines else []
         last = max((metric.step for metric in history), default=-1)
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(key, float(value), now, line["step"])
-            for line in lines
-            if line["step"] > last
-            for key, value in line.items()
-            if key != "step"
-        ]
-        metrics += [Metric(key, float(value), now, 0) for key, value in totals.items()]
-        for start in range(0, len(metrics), 1000):  # the most that one call takes
-            self._client.log_batch(child, metrics=metrics[start : start + 1000])
+        batch: list[Metric] = []
+        for line in lines:
+            if line["step"] <= last:
+                continue
+            metrics = [Metric(key, float(value), now, line["step"]) for key, value in line.items() if key != "step"]
+            if len(batch) + len(metrics) > 1000:  # the most that one call takes; whole lines, or a step would be cut
+                self._client.log_batch(child, metrics=batch)
+                batch = []
+            batch += metrics
+        batch += [Metric(key, float(value), now, 0) for key, value in totals.items() if key not in run.data.metrics]
+        self._client.log_batch(child, metrics=batch)
         self._client.set_terminated(child, "FINISHED")
 
     def _result(self, metrics: dict[str, float], pictures: dict[str, bytes]) -> None:

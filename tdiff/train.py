@@ -22,15 +22,11 @@ def settings_help() -> str:
 def main() -> None:
     parser = cli.parser("train", "Carries a run on from where it is. Without CONFIG: the embedded digits demo.")
     parser.epilog = settings_help()
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; settings a.b=c override it")
-    parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings, such as tree.max_leaves=8")
+    cli.add_config(parser)
     parser.add_argument("--until", metavar="STAGE", help=f"stop after {', '.join(STAGES)} or a phase (03-split-4)")
     parser.add_argument("--fresh", action="store_true", help="start the run over, deleting its folder")
     arguments = parser.parse_intermixed_args()  # settings may stand after options too
-    path, settings = arguments.config, arguments.settings
-    if path is not None and "=" in path:
-        path, settings = None, [path, *settings]
-
+    path, settings = cli.config_and_settings(arguments)
     started = time.monotonic()
     outcome = train(config.load(path, settings), arguments.until, arguments.fresh, console.print)
     _show(outcome, time.monotonic() - started)

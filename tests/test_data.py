@@ -23,9 +23,10 @@ from PIL import Image
 
 from tdiff.data.order import Order
 from tdiff.data.png import png_bytes, png_image
-from tdiff.data.shards import DataError, Manifest, Shard, pack, read_manifest
+from tdiff.data.shards import Manifest, Shard, pack, read_manifest
 from tdiff.data.sources import SOURCES, Source, Split, digits
 from tdiff.data.stream import read_split
+from tdiff.errors import DataError
 
 
 def source(channels: int = 1, labelled: bool = True, train: int = 7, test: int = 3, size: int = 5) -> Source:

@@ -109,7 +109,7 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     assert parent.data.params["diffusion.images"] == "2560"
-    assert parent.data.tags["git_commit"]
+    assert parent.data.tags["mlflow.source.git.commit"]
     assert "clustering.tree_test.nmi" in parent.data.metrics
     steps = [metric.step for metric in client.get_metric_history(children["diffusion"].info.run_id, "loss")]
     assert steps == sorted(set(steps))
@@ -133,7 +133,7 @@ def test_a_finished_run_is_a_no_op(straight: Path) -> None:
 def test_killed_and_resumed_equals_straight_through(straight: Path, tmp_path: Path) -> None:
     """SIGKILL to the driver's process group in a split, and again in the diffusion after its first checkpoint."""
     run = tiny(tmp_path)
-    kills = [Path(run.at("tree", "00-root", "COMPLETE")), Path(run.at("diffusion", "metrics", "000000005.jsonl"))]
+    kills = [Path(run.at("tree", "00-root", "COMPLETE")), Path(run.at("diffusion", "metrics", "000000010.jsonl"))]
     for sign in kills:
         with subprocess.Popen(
             [sys.executable, "-m", "tdiff.train", *TINY],
@@ -151,8 +151,12 @@ def test_killed_and_resumed_equals_straight_through(straight: Path, tmp_path: Pa
     kept = {phase: Path(run.at("tree", phase, "model.safetensors")).stat().st_mtime_ns for phase in run.tree_phases()}
     assert not Path(run.at("diffusion", "COMPLETE")).exists()
 
+    # The second part is there, so the checkpoint that came with the first one counts.
+    first = Path(run.at("diffusion", "metrics", "000000005.jsonl"))
+    first_written = first.stat().st_mtime_ns
     done = command("train", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
+    assert first.stat().st_mtime_ns == first_written, "the diffusion began again instead of going on"
     for phase, written in kept.items():
         assert Path(run.at("tree", phase, "model.safetensors")).stat().st_mtime_ns == written, f"{phase} was redone"
     for file in (*(f"tree/{phase}/model" for phase in run.tree_phases()), "diffusion/ema"):
@@ -203,7 +207,8 @@ def test_evaluate_and_report_again(straight: Path) -> None:
         ("train", ["configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
         ("train", ["workers=99"], "workers=99 is more than"),
         ("train", ["tree.batch=127"], "tree.batch=127 cannot be divided"),
-        ("train", ["runs=/proc/nowhere"], "/proc/nowhere"),
+        ("train", ["runs=/proc/nowhere"], "runs=/proc/nowhere"),
+        ("train", ["data.url=."], "holds no manifest.json"),
         ("train", ["--until", "lunch"], "--until lunch"),
         ("train", ["tree.batch=4096"], "tree.batch=4096"),
         ("generate", ["nowhere"], "is not a run folder"),
@@ -225,6 +230,7 @@ def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
     run = tiny(straight)
     for module, arguments, words in (
         ("train", [*TINY, "seed=1"], "belongs to another config (seed: 1 here, 0 there)"),
+        ("generate", [run.url, "--out", ".."], "is no plain name"),
         ("generate", [run.url, "--leaf", "9"], "leaf=9 does not exist"),
         ("generate", [run.url, "--steps", "1001"], "steps=1001"),
         ("generate", [run.url, "--mode", "reconstruct", "--num", "298"], "297 test images"),
@@ -242,6 +248,8 @@ def test_pack_and_train_on_what_was_packed(straight: Path, tmp_path: Path) -> No
     manifest = read_manifest(str(dest))
     assert [shard.samples for shard in manifest.splits["train"]] == [700, 700, 100]
     assert command("pack", "digits", str(dest), cwd=tmp_path).returncode == 2
+    assert command("train", *TINY, f"data.url={dest}", "tree.batch=4096", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "runs").exists()  # what is refused leaves nothing behind
     until = command("train", *TINY, f"data.url={dest}", "--until", "00-root", cwd=tmp_path)
     assert until.returncode == 0, until.stderr
     assert tiny(tmp_path).tree_phases() == ["00-root"]

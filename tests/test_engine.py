@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -44,6 +45,7 @@ from tdiff.data.shards import pack
 from tdiff.data.sources import Source, Split, digits
 from tdiff.diffusion.ema import gamma_from_width
 from tdiff.engine import Batch, NonFiniteError, Task
+from tdiff.errors import ConfigError
 from tdiff.tracking import read_metrics
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
@@ -111,8 +113,8 @@ class FolderWorker:
         self.rank, self.world = rank, world
         self.folder, self.restore, self.kept = folder / "checkpoints", restore, 0
 
-    def restored(self) -> Path | None:
-        return None if self.restore is None else self.folder / str(self.restore)
+    def restored(self) -> AbstractContextManager[Path | None]:
+        return nullcontext(None if self.restore is None else self.folder / str(self.restore))
 
     def keep(self, directory: Path) -> None:
         shutil.copytree(directory, self.folder / str(self.kept), dirs_exist_ok=True)
@@ -552,9 +554,9 @@ def test_a_checkpoint_of_two_workers_is_refused_with_one(fresh: Path) -> None:
     folder = job.folder / "checkpoints" / "0"
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text(json.dumps({"step": 1, "world": 2}))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(job)
-    assert str(caught.value) == ("diffusion has a checkpoint of 2 workers and cannot go on with 1: set workers=2")
+    assert str(caught.value) == ("diffusion has a checkpoint of 2 workers and cannot go on with 1: set workers=2.")
 
 
 # --- what must stop ------------------------------------------------------------------------------

@@ -47,3 +47,7 @@ def test_settings_are_known() -> None:
 
 def test_the_written_out_demo_is_the_default() -> None:
     assert config.load(str(ROOT / "configs" / "digits.yaml")) == config.load()
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README)

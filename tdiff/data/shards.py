@@ -23,10 +23,7 @@ import webdataset as wds
 from tdiff import storage
 from tdiff.data.png import png_bytes
 from tdiff.data.sources import Source
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file."""
+from tdiff.errors import DataError
 
 
 @dataclass(frozen=True)

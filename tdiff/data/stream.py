@@ -19,7 +19,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tdiff import storage
 from tdiff.data.png import png_image
-from tdiff.data.shards import DataError, Manifest, Shard
+from tdiff.data.shards import Manifest, Shard
+from tdiff.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class DiffusionObjective(nn.Module):
         self.condition_dropout = condition_dropout
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        (tree,), images = self._tree, batch["images"]
+        images = batch["images"]
+        tree = self._tree[0].to(images.device)  # nothing moves after the first time
         told = self.denoiser.spec.told
         path: Path | None = None
         recon = drop = None

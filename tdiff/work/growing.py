@@ -18,9 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -69,7 +67,7 @@ def save_tree(url: str, model: TreeVAE) -> None:
 def load_tree(url: str) -> TreeVAE:
     """The TreeVAE of a phase's folder."""
     model = TreeVAE.from_json(storage.read_text(storage.join(url, "tree.json")))
-    model.load_state_dict(load_tensors(storage.read_bytes(storage.join(url, "model.safetensors"))))
+    model.load_state_dict(storage.read_tensors(storage.join(url, "model.safetensors")))
     return model
 
 
@@ -79,8 +77,8 @@ def load_topology(url: str) -> Topology:
 
 def load_routing(url: str, split: str) -> NDArray[np.float32]:
     """Posterior probabilities of going left, [M, R], of every image of a split, as the phase's end left them."""
-    arrays: dict[str, NDArray[np.float32]] = load_arrays(storage.read_bytes(storage.join(url, "routing.safetensors")))
-    return arrays[split]
+    routing: NDArray[np.float32] = storage.read_tensors(storage.join(url, "routing.safetensors"))[split].numpy()
+    return routing
 
 
 class TreeObjective(nn.Module):
@@ -226,14 +224,15 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Images) -> Task:
 def routing_of(model: TreeVAE, images: Images, worker: Worker) -> NDArray[np.float32]:
     """Routing probabilities [M, R] of all images in manifest order: in fixed blocks, shared by the workers."""
     starts = range(0, len(images), DECISION_BLOCK)
-    routing = torch.zeros(len(images), len(model.topology.deciding))
+    device = next(model.parameters()).device
+    routing = torch.zeros(len(images), len(model.topology.deciding), device=device)
     with evaluating(model):
         for start in starts[worker.rank :: worker.world]:
             block = slice(start, start + DECISION_BLOCK)
-            routing[block] = model.routing(as_images(images.images[block]))
+            routing[block] = model.routing(as_images(images.images[block]).to(device))
     if worker.world > 1:
         dist.all_reduce(routing)  # every row is one worker's number plus zeros, so the sum is exact
-    return routing.numpy()
+    return routing.cpu().numpy()
 
 
 def _finish(

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -34,6 +33,7 @@ from tdiff.data.stream import Images, read_split
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
 from tdiff.diffusion.process import Schedule
 from tdiff.diffusion.samplers import ddim, ddpm, noise_from, quadratic_grid, uniform_grid
+from tdiff.errors import DataError
 from tdiff.seeds import generator
 from tdiff.tree.model import Path, TreeVAE
 from tdiff.work.diffusing import leaf_reconstruction
@@ -88,7 +88,7 @@ def _models(tree_url: str, diffusion_url: str) -> tuple[TreeVAE, Denoiser]:
     tree = load_tree(tree_url)
     spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
     denoiser = Denoiser(spec)
-    denoiser.load_state_dict(load_tensors(storage.read_bytes(storage.join(diffusion_url, "ema.safetensors"))))
+    denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return tree.eval().requires_grad_(False).to(device), denoiser.eval().requires_grad_(False).to(device)
 
@@ -180,13 +180,18 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
+def time_grid(name: str, timesteps: int, steps: int) -> list[int]:
+    """The falling time steps at which the network is evaluated."""
+    return (quadratic_grid if name == "quadratic" else uniform_grid)(timesteps, steps)
+
+
 def _denoised(
     job: SampleJob, denoiser: Denoiser, start: Tensor, path: Path, own: Tensor, rng: torch.Generator
 ) -> Tensor:
     """Samples [B, I, H, H] in [-1, 1] from the noise `start`, told path and reconstruction."""
     spec = denoiser.spec
     schedule = Schedule(spec.timesteps)
-    steps = (quadratic_grid if job.grid == "quadratic" else uniform_grid)(spec.timesteps, job.steps)
+    steps = time_grid(job.grid, spec.timesteps, job.steps)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=job.bf16):
@@ -208,15 +213,17 @@ class Samples:
 
 
 def read_samples(url: str) -> Samples:
-    """All samples of a finished folder, in order of index."""
-    manifest = json.loads(storage.read_text(storage.join(url, "manifest.json")))
+    """All samples of a finished folder, in order of index. Raises DataError if it is damaged."""
+    manifest = storage.read_json(storage.join(url, "manifest.json"))
     found: list[tuple[dict[str, object], NDArray[np.uint8], NDArray[np.uint8]]] = []
     for shard in manifest["shards"]:
-        stream = io.BytesIO(storage.read_bytes(storage.join(url, shard["name"])))
-        for sample in group_by_keys(tar_file_expander([{"url": shard["name"], "stream": stream}])):
+        content = storage.read_bytes(storage.join(url, shard["name"]))
+        if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+            raise DataError(f"{url}: {shard['name']} is damaged: delete the folder and draw it again")
+        for sample in group_by_keys(tar_file_expander([{"url": shard["name"], "stream": io.BytesIO(content)}])):
             found.append((json.loads(sample["json"]), png_image(sample["png"]), png_image(sample["treevae.png"])))
     if len(found) != manifest["samples"]:
-        raise ValueError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: draw it again")
+        raise DataError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: delete the folder")
     found.sort(key=lambda item: int(str(item[0]["index"])))
     return Samples(
         np.stack([image for _, image, _ in found]),

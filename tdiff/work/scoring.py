@@ -8,11 +8,14 @@ Legend: M images, L leaves, I image channels, H image size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from tdiff.data.stream import Images
 from tdiff.evaluation.classifier import Classifier, class_histograms, confidence, mean_entropy, train_classifier
@@ -24,6 +27,18 @@ from tdiff.tree.growth import leaf_reach
 from tdiff.tree.topology import Topology
 from tdiff.work.growing import as_images
 from tdiff.work.sampling import Samples
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: numbers must not depend on how many cores this machine has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def clustering(
@@ -66,17 +81,20 @@ def sample_quality(splits: dict[str, Images], samples: Samples, leaves: int, see
     scale, the same distance is given for the test images (real ones that no model has seen).
     """
     train, test = splits["train"], splits.get("test")
-    if train.labels is None:
+    if train.labels is None or len(np.unique(train.labels)) < 2:
         return {}
     model = train_classifier(train.images, train.labels, seed_of("classifier", seed) % 2**31)
     count = min(len(train), len(samples.images))
     reference = _moments(model, train.images[:count])
     leaf = np.array([int(str(entry["leaf"])) for entry in samples.entries])
     out: dict[str, Any] = {"samples": len(samples.images), "reference": f"train, {count} images"}
-    if test is not None and test.labels is not None:
+    if test is not None and test.labels is not None and len(test) > 1:
         predicted = _logits(model, test.images).argmax(1).numpy()
         out["classifier_test_accuracy"] = float((predicted == test.labels).mean())
-        out["real_test"] = {"classifier_frechet": frechet_distance(_moments(model, test.images), reference)}
+        out["real_test"] = {
+            "images": len(test),
+            "classifier_frechet": frechet_distance(_moments(model, test.images), reference),
+        }
     for name, images in (("treevae", samples.treevae), ("treediffusion", samples.images)):
         logits = _logits(model, images)
         histograms = class_histograms(logits.argmax(1).numpy(), leaf, logits.shape[1], leaves)

@@ -1,0 +1,192 @@
+"""Opening a run: its data, its identity, its folder, its lock; everything that can be refused before Ray starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdiff import config as configs
+from tdiff import launch, storage
+from tdiff.config import Config
+from tdiff.data.shards import Manifest, pack, read_manifest
+from tdiff.data.sources import SOURCES
+from tdiff.errors import ConfigError, DataError
+from tdiff.runs import Run
+from tdiff.work.growing import check
+
+RECORDS = ("run.json", "config.yaml")
+"""The first says what the run is; either says that its folder is a run's."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """An open run. tracking: MLflow's URI; artifacts: where the default store keeps files (None: its server knows)."""
+
+    run: Run
+    workers: int
+    experiment: str
+    tracking: str
+    artifacts: str | None
+
+
+@contextmanager
+def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
+    """The run of a config, made or found, locked for as long as it is worked on. Raises ConfigError or DataError."""
+    workers = launch.default_workers(config.workers)
+    tracking, artifacts = tracking_uri(config)
+    data_url, manifest = open_data(config)
+    bf16 = resolve_precision(config.precision, workers)
+    name = config.name or f"{manifest.name}-{digest_of(config, bf16, manifest.digest)[:8]}"
+    run = Run(storage.absolute(storage.join(config.runs, name)))
+    try:
+        with only_driver(run):
+            _identify(run, config, bf16, data_url, manifest, fresh)
+            yield Opening(run, workers, manifest.name, tracking, artifacts)
+    except PermissionError as error:
+        raise ConfigError(f"runs={config.runs} cannot be written ({error}): take a folder that can.") from error
+
+
+def digest_of(config: Config, bf16: bool, data_digest: str) -> str:
+    """SHA-256 over all that a run's results depend on: settings, the precision they resolve to, the data."""
+    return hashlib.sha256(json.dumps([config.identity(), bf16, data_digest], sort_keys=True).encode()).hexdigest()
+
+
+def _identify(run: Run, config: Config, bf16: bool, data_url: str, manifest: Manifest, fresh: bool) -> None:
+    """Writes run.json, or finds that the one there says the same. Raises ConfigError if it does not."""
+    there = set(storage.listing(run.url)) - {".lock"}
+    if fresh and there:
+        if not there & set(RECORDS):
+            raise ConfigError(f"RUN {run.url} is no run's folder, so --fresh does not delete it: use another name=….")
+        # run.json first, config.yaml last: cut short anywhere, this is still a run's folder without a valid record.
+        for name in ("run.json", *sorted(there - set(RECORDS)), "config.yaml"):
+            storage.remove(run.at(name))
+        there = set()
+    if "run.json" not in there:
+        if there - {"config.yaml"}:
+            raise ConfigError(f"RUN {run.url} holds files but no run.json: start it over with --fresh.")
+        digest = digest_of(config, bf16, manifest.digest)
+        record: dict[str, Any] = {
+            "id": f"{run.name}-{digest[:12]}-{time.time_ns():x}",
+            "digest": digest,
+            "config": config.model_dump(mode="json"),
+            "bf16": bf16,
+            "data_url": data_url,
+            "data_digest": manifest.digest,
+            "commit": _commit(),
+            "versions": {name: metadata.version(name) for name in ("tdiff", "torch", "deepspeed", "ray", "webdataset")},
+        }
+        storage.write_text(run.at("config.yaml"), config.to_yaml())
+        storage.write_text(run.at("run.json"), json.dumps(record, indent=2) + "\n")
+        return
+    record, theirs = run.record(), run.config()
+    if config.precision == "auto":  # resolved once, when the run was made
+        bf16 = record["bf16"]
+    if record["digest"] != digest_of(config, bf16, manifest.digest):
+        what = configs.differences(config, theirs)
+        if record["data_digest"] != manifest.digest:
+            what.append(f"data: {manifest.digest[:12]} here, {record['data_digest'][:12]} there")
+        if record["bf16"] != bf16:
+            what.append(f"bf16: {bf16} here, {record['bf16']} there")
+        raise ConfigError(
+            f"RUN {run.url} belongs to another config ({'; '.join(what[:3])}): give this one a name=… of its own, "
+            "or --fresh."
+        )
+    if record["data_url"] != data_url:
+        run.update(data_url=data_url)
+
+
+@contextmanager
+def only_driver(run: Run) -> Iterator[None]:
+    """Keeps a second driver off a local run folder while this one works on it. Raises ConfigError."""
+    if not storage.is_local(run.url):
+        yield
+        return
+    import fcntl
+
+    try:
+        Path(run.url).mkdir(parents=True, exist_ok=True)
+        lock = Path(run.at(".lock")).open("a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"RUN {run.url} cannot be written ({error}): take another runs=… folder.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"RUN {run.url} is being worked on by another process: wait for it, or use a name=… of its own."
+            ) from error
+        yield
+
+
+def data_url(config: Config) -> str:
+    """Where the shards are, or will be."""
+    return storage.absolute(config.data.url or storage.join(config.runs, "data", config.data.name))
+
+
+def open_data(config: Config) -> tuple[str, Manifest]:
+    """The shards' folder and manifest. Packs `data.name` into the runs folder, unless `data.url` says where data is.
+
+    Raises ConfigError or DataError.
+    """
+    url = data_url(config)
+    try:
+        if config.data.url is None and not storage.exists(storage.join(url, "manifest.json")):
+            pack(SOURCES[config.data.name](), url, config.data.shard_samples)
+        manifest = read_manifest(url)
+    except OSError as error:
+        field = f"data.url={config.data.url}" if config.data.url else f"runs={config.runs}"
+        raise ConfigError(f"{field} cannot be read or written ({error}): take another folder.") from error
+    if not manifest.splits.get("train"):
+        raise DataError(f"{url} has no split named train")
+    try:
+        check(config, manifest)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+    return url, manifest
+
+
+def resolve_precision(precision: str, workers: int) -> bool:
+    """Whether stage 2 runs in bf16. auto: on GPUs, and on CPUs that compute in it. Raises ConfigError."""
+    if precision == "fp32":
+        return False
+    if os.environ.get("RAY_ADDRESS"):  # what counts is what the workers have, not this machine
+        launch.connect(workers)
+        if launch.gpus():
+            return True
+    has_gpu = torch.cuda.is_available()
+    fast = torch.cuda.is_bf16_supported() if has_gpu else torch.cpu._is_avx512_bf16_supported()
+    if precision == "bf16" and not fast:
+        raise ConfigError("precision=bf16 needs a GPU or CPU that computes in bf16, this one does not: take auto.")
+    return fast
+
+
+def tracking_uri(config: Config) -> tuple[str, str | None]:
+    """MLflow's address and, for the default sqlite store, its folder of artifacts. Raises ConfigError."""
+    if config.tracking:
+        return config.tracking, None
+    runs = storage.absolute(config.runs)
+    if not storage.is_local(runs):
+        raise ConfigError(f"runs={config.runs} cannot hold MLflow's sqlite file: set tracking=URI of an MLflow server.")
+    return f"sqlite:///{runs}/mlflow.db", f"file://{runs}/mlartifacts"
+
+
+def _commit() -> str | None:
+    """The git commit of the code, with a + if the work tree differs from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
