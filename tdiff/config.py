@@ -71,7 +71,7 @@ class Tree(Section):
 
 
 class Diffusion(Section):
-    images: int = Field(120_000, ge=1, description="how many images to train on, repeats counted")
+    images: int = Field(90_000, ge=1, description="how many images to train on, repeats counted")
     condition: str = Field("path", description="what the U-Net is told")
     node_encoding: Literal["index", "embedding"] = "embedding"
     objective: Literal["noise", "v"] = "noise"
