@@ -166,7 +166,6 @@ class DeepSpeedBackend:
 
     def __init__(self, task: Task, world: int):
         deepspeed = _import_deepspeed()
-        _optimizer_without_dynamo()
         self.task = task
         self.parameters = _trainable(task.objective)
         optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
@@ -289,20 +288,6 @@ def _import_deepspeed() -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
-
-
-def _optimizer_without_dynamo() -> None:
-    """Lets torch's optimizers run without importing its compiler: 1.4 s of every worker's start, on CPUs.
-
-    Their methods are wrapped to be left alone by the compiler, and look that up at the first call, unless the
-    answer is there. Nothing here compiles an optimizer, so the answer is the method itself.
-    """
-    if "torch._dynamo" in sys.modules:
-        return
-    for method in vars(torch.optim.Optimizer).values():
-        plain = getattr(method, "__wrapped__", None)
-        if plain is not None:
-            plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
 def average_over_workers(values: list[Tensor], world: int) -> None:
