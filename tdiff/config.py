@@ -71,7 +71,7 @@ class Tree(Section):
 
 
 class Diffusion(Section):
-    images: int = Field(90_000, ge=1, description="how many images to train on, repeats counted")
+    images: int = Field(75_000, ge=1, description="how many images to train on, repeats counted")
     condition: str = Field("path", description="what the U-Net is told")
     node_encoding: Literal["index", "embedding"] = "embedding"
     objective: Literal["noise", "v"] = "noise"
@@ -93,7 +93,7 @@ class Diffusion(Section):
 
 
 class Samples(Section):
-    per_leaf: int = Field(100, ge=1, description="images drawn for every leaf's grid")
+    per_leaf: int = Field(50, ge=1, description="images drawn for every leaf's grid")
     draws: int = Field(1500, ge=2, description="images drawn from the prior for the sample-quality numbers")
     draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
     steps: int = Field(50, ge=2, description="points of the DDIM grid")
