@@ -44,9 +44,9 @@ class Data(Section):
 
 class Epochs(Section):
     initial: int = Field(60, ge=1, description="epochs of the root with two leaves")
-    split: int = Field(120, ge=1, description="epochs of each split, on the leaf's images")
-    refit: int = Field(15, ge=0, description="epochs of the whole tree after every third split; 0: no refits")
-    final: int = Field(20, ge=1, description="epochs of the whole tree at the end")
+    split: int = Field(90, ge=1, description="epochs of each split, on the leaf's images")
+    refit: int = Field(10, ge=0, description="epochs of the whole tree after every third split; 0: no refits")
+    final: int = Field(15, ge=1, description="epochs of the whole tree at the end")
 
 
 class Tree(Section):
