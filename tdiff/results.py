@@ -213,10 +213,8 @@ def figures(run: Run) -> dict[str, bytes]:
         "leaves.png": drawing.leaves(topology, left, [samples[name] for name in jobs if name.startswith("leaf-")]),
         "root-draw.png": drawing.root_draw(topology, samples["root-draws"], 0),
         "samples.png": drawing.side_by_side(splits["train"], samples["prior"]),
-        "losses-tree.png": drawing.losses(metrics, "Growing the tree"),
-        "losses-diffusion.png": drawing.losses(
-            {"diffusion": read_metrics(run.at("diffusion", "metrics"))}, "Training the diffusion model"
-        ),
+        "losses-tree.png": drawing.growing_losses(metrics),
+        "losses-diffusion.png": drawing.diffusion_losses(read_metrics(run.at("diffusion", "metrics"))),
     }
     pictures = {name: save(figure) for name, figure in drawn.items()}
     for name, content in pictures.items():

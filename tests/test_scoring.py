@@ -212,7 +212,8 @@ def test_every_picture_of_a_tiny_run(splits: dict[str, Images]):
     picture(drawing.leaves(THREE, left, leaf))
     picture(drawing.root_draw(THREE, draws, 1))
     picture(drawing.side_by_side(train, prior))
-    picture(drawing.losses({"00-root": metrics, "01-split-1": metrics[:1], "02-prune": []}, "Growing"))
+    picture(drawing.growing_losses({"00-root": metrics, "01-split-1": metrics[:1], "02-prune": []}))
+    picture(drawing.diffusion_losses(metrics))
 
 
 def test_pictures_of_the_smallest_tree_with_an_empty_leaf():

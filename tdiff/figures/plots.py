@@ -364,12 +364,18 @@ def curves(
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Centred mean over `width` values, fewer at the ends; what is not finite is left out."""
-    known = np.isfinite(values)
+    """Centred mean over `width` values, fewer at the ends and at what is not finite: nothing is mixed across a gap."""
     kernel = np.ones(max(1, width))
-    total = np.convolve(np.where(known, values, 0), kernel, mode="same")
-    count = np.convolve(known.astype(np.float64), kernel, mode="same")
-    return np.where(known, total / np.maximum(count, 1), np.nan)
+    out = np.full(len(values), np.nan)
+    finite = np.flatnonzero(np.isfinite(values))
+    for run in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
+        if len(run):
+            # "same" is as long as the longer of the two: the kernel must not be that one.
+            window = kernel[: len(run)]
+            out[run] = np.convolve(values[run], window, mode="same") / np.convolve(
+                np.ones(len(run)), window, mode="same"
+            )
+    return out
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:

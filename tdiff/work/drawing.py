@@ -66,11 +66,20 @@ def side_by_side(train: Images, samples: Samples, count: int = 60) -> Figure:
     return plots.sample_rows(blocks, columns=10)
 
 
-def losses(metrics: dict[str, list[dict[str, Any]]], title: str) -> Figure:
-    """Loss over the images seen, a line for every phase (name -> its metric lines)."""
-    series = {
-        phase: [(float(line["images"]), float(line["loss"])) for line in lines]
-        for phase, lines in metrics.items()
-        if lines
-    }
-    return plots.curves(series, title)
+def growing_losses(metrics: dict[str, list[dict[str, Any]]]) -> Figure:
+    """The loss of the tree's phases one after the other (name -> metric lines), a colour for each kind of phase."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    before = 0.0
+    for phase, lines in metrics.items():
+        if lines:
+            points = series.setdefault(phase.split("-")[1], [])
+            points += [(before + float(line["images"]), float(line["loss"])) for line in lines]
+            before += float(lines[-1]["images"])
+            points.append((before, float("nan")))  # a gap: the next phase of this kind starts elsewhere
+    return plots.curves(series, "Growing the tree")
+
+
+def diffusion_losses(lines: list[dict[str, Any]]) -> Figure:
+    """The denoising loss over the images seen."""
+    points = [(float(line["images"]), float(line["loss"])) for line in lines]
+    return plots.curves({"diffusion": points}, "Training the diffusion model")
