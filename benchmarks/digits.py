@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/digits.py [--seeds 0 1 2 3] [--runs DIR]
 
 Runs `python -m tdiff.train seed=S` one after the other (about 7 minutes each on 2 cores) and prints a table and
-one JSON line. A run that is there already is only read.
+one JSON line. A finished run is not run again:
+its `wall_seconds` are then those of finding that out.
 """
 
 from __future__ import annotations
