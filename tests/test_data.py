@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tdiff.data.images import decoded, png_bytes
 from tdiff.data.order import Order
-from tdiff.data.png import png_bytes, png_image
 from tdiff.data.shards import Manifest, Shard, pack, read_manifest
 from tdiff.data.sources import SOURCES, Source, Split, digits
 from tdiff.data.stream import read_split
@@ -383,8 +383,8 @@ def test_a_manifest_that_promises_other_numbers_does_not_pass(packed: Path):
 @settings(deadline=None, max_examples=30)
 def test_png_is_lossless(channels: int, height: int, width: int, seed: int):
     image = np.random.default_rng(seed).integers(0, 256, (channels, height, width), dtype=np.uint8)
-    np.testing.assert_array_equal(png_image(png_bytes(image), (channels, height, width)), image)
-    np.testing.assert_array_equal(png_image(png_bytes(image)), image)
+    np.testing.assert_array_equal(decoded(png_bytes(image), (channels, height, width)), image)
+    np.testing.assert_array_equal(decoded(png_bytes(image)), image)
 
 
 # --- order -------------------------------------------------------------------------------------------

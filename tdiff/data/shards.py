@@ -21,7 +21,7 @@ from typing import Any
 import webdataset as wds
 
 from tdiff import storage
-from tdiff.data.png import png_bytes
+from tdiff.data.images import png_bytes
 from tdiff.data.sources import Source
 from tdiff.errors import DataError
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tdiff import storage
-from tdiff.data.png import png_image
+from tdiff.data.images import decoded
 from tdiff.data.shards import Manifest, Shard
 from tdiff.errors import DataError
 
@@ -53,7 +53,7 @@ def read_shard(url: str, shard: Shard, shape: tuple[int, int, int]) -> Images:
     images, labels = [], []
     for sample in samples:
         try:
-            images.append(png_image(sample["png"], shape))
+            images.append(decoded(sample["png"], shape))
             if "cls" in sample:
                 labels.append(int(sample["cls"]))
         except (KeyError, ValueError, OSError) as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tdiff import storage
-from tdiff.data.png import png_bytes, png_image
+from tdiff.data.images import decoded, png_bytes
 from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Images, read_split
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
@@ -221,7 +221,7 @@ def read_samples(url: str) -> Samples:
         if hashlib.sha256(content).hexdigest() != shard["sha256"]:
             raise DataError(f"{url}: {shard['name']} is damaged: delete the folder and draw it again")
         for sample in group_by_keys(tar_file_expander([{"url": shard["name"], "stream": io.BytesIO(content)}])):
-            found.append((json.loads(sample["json"]), png_image(sample["png"]), png_image(sample["treevae.png"])))
+            found.append((json.loads(sample["json"]), decoded(sample["png"]), decoded(sample["treevae.png"])))
     if len(found) != manifest["samples"]:
         raise DataError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: delete the folder")
     found.sort(key=lambda item: int(str(item[0]["index"])))

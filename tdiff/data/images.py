@@ -1,4 +1,4 @@
-"""PNG, the lossless format of every image that this project writes.
+"""Images as bytes and as arrays. This project writes PNG, which is lossless; it reads JPEG and WebP as well.
 
 Legend: I channels, H, W image size.
 """
@@ -11,11 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+SUFFIXES = ("png", "jpg", "jpeg", "webp")
+"""Of a shard's members: what is read as an image."""
 
-def png_image(png: bytes, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
-    """PNG bytes -> uint8 [I, H, W]. Raises ValueError if it is no grey or RGB PNG, or not of the shape."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def decoded(content: bytes, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
+    """Bytes of an image -> uint8 [I, H, W]. Raises ValueError if it is not grey or RGB, or not of the shape.
+
+    Raises OSError if it is damaged.
+    """
     try:
-        opened = Image.open(io.BytesIO(png), formats=("PNG",))
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     with opened as picture:
