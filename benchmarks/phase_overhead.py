@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from tdiff import config, launch
-from tdiff.data.shards import pack
 from tdiff.data.sources import digits
+from tdiff.packing import pack
 from tdiff.work.growing import GrowingPhase, grow
 
 

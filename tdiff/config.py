@@ -37,16 +37,23 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    name: Literal["digits"] = Field("digits", description="data set to pack where `url` names none")
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "celeba", "cubicc"] = Field(
+        "digits", description="data set to pack where `url` names none"
+    )
+    source_dir: str | None = Field(None, description="folder of its original files; default: they are downloaded")
     url: str | None = Field(None, description="folder of shards that are there, local or s3://")
     shard_samples: int = Field(500, ge=1, description="images per shard when packing")
+    block: int = Field(8192, ge=1, description="images that a slot shuffles at a time")
+    cache: str | None = Field(None, description="folder on every node for decoded shards; default: a temporary one")
+    cache_gb: float = Field(10.0, ge=0, description="how much that folder may hold, in GB; 0: no cache")
+    max_bad_samples: int = Field(0, ge=0, description="damaged images that are skipped (and told) at most")
 
 
 class Epochs(Section):
     initial: int = Field(60, ge=1, description="epochs of the root with two leaves")
     split: int = Field(90, ge=1, description="epochs of each split, on the leaf's images")
     refit: int = Field(10, ge=0, description="epochs of the whole tree after every third split; 0: no refits")
-    final: int = Field(15, ge=1, description="epochs of the whole tree at the end")
+    final: int = Field(15, ge=0, description="epochs of the whole tree at the end")
 
 
 class Tree(Section):
@@ -58,8 +65,10 @@ class Tree(Section):
     size: int = Field(2, ge=1, description="r, height and width of latents and features")
     residual: bool = Field(False, description="shortcuts round the three convs of a block")
     max_leaves: int = Field(10, ge=2, description="K, effective leaves at which growing stops")
-    batch: int = Field(128, ge=2, description="images per step over all slots")
+    batch: int = Field(128, ge=2, description="rows per step over all slots: images, or views of half as many")
     slots: int = Field(2, ge=1, description="S, parts of a batch with batch norm of their own; workers divide S")
+    augmentation: Literal["none", "cifar10", "celeba"] = Field("none", description="of two views of every image")
+    contrastive: float = Field(0.0, ge=0, description="lambda, weight of the contrastive terms; needs augmentation")
     epochs: Epochs = Epochs()
     kl_start: float = Field(0.0, ge=0, le=1, description="alpha in the first epoch of a phase")
     kl_step: float = Field(0.001, ge=0, description="added to alpha every epoch, up to 1")
@@ -72,6 +81,7 @@ class Tree(Section):
 
 class Diffusion(Section):
     images: int = Field(75_000, ge=1, description="how many images to train on, repeats counted")
+    epochs: int | None = Field(None, ge=1, description="passes through the training images; instead of `images`")
     condition: str = Field("path", description="what the U-Net is told")
     node_encoding: Literal["index", "embedding"] = "embedding"
     objective: Literal["noise", "v"] = "noise"
@@ -88,6 +98,7 @@ class Diffusion(Section):
     warmup_images: int = Field(10_000, ge=0, description="images over which the learning rate rises from 0")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.1, gt=0, lt=0.28, description="relative width (sigma_rel) of the power-function EMA")
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="constant decay of the EMA, instead of `ema`")
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     checkpoint_images: int = Field(50_000, ge=1, description="images between resume checkpoints")
 
@@ -137,6 +148,17 @@ class Config(Section):
                 f"tree.batch={self.tree.batch} leaves one image in each of tree.slots={self.tree.slots} slots, and "
                 f"batch norm needs two: take tree.batch={2 * self.tree.slots} or more"
             )
+        if self.tree.contrastive and self.tree.augmentation == "none":
+            raise ValueError(
+                f"tree.contrastive={self.tree.contrastive:g} compares two views of every image: take "
+                "tree.augmentation=cifar10 or celeba with it"
+            )
+        if self.tree.augmentation != "none" and self.tree.batch // self.tree.slots % 2:
+            raise ValueError(
+                f"tree.batch={self.tree.batch} gives each of tree.slots={self.tree.slots} slots an odd number of rows, "
+                f"and tree.augmentation={self.tree.augmentation} makes two of every image: take a multiple of "
+                f"{2 * self.tree.slots}"
+            )
         needed = (self.tree.max_leaves - 1).bit_length() + 1
         if needed > self.tree.features:
             deepest = 2 ** (self.tree.features - 1)
@@ -156,7 +178,7 @@ class Config(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """All settings that results depend on; not names, places, workers or logging, nor what is resolved elsewhere.
+        """All settings that results depend on; not names, places, workers, caches, logging, nor what is resolved later.
 
         Data and precision enter a run's digest as what they resolve to (`tdiff.opening.digest_of`).
         """
@@ -168,7 +190,7 @@ class Config(Section):
                 "workers": True,
                 "tracking": True,
                 "precision": True,
-                "data": True,
+                "data": set(Data.model_fields) - {"block"},
                 "tree": {"checkpoint_images"},
                 "diffusion": {"checkpoint_images"},
             },

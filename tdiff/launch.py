@@ -167,9 +167,14 @@ def fit(
 
 
 def map_on_actors(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int, attempts: int = 3
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    workers: int,
+    attempts: int = 3,
+    use_gpu: bool = True,
 ) -> Iterator[tuple[int, Any]]:
-    """Yields (index of the task, function(*task)) as they finish, on `workers` actors (one GPU each, if there are).
+    """Yields (index of the task, function(*task)) as they finish, on `workers` actors (one GPU each, if there are any
+    and it can use them).
 
     A task whose actor dies is given to a new one, `attempts` times at most; an error of the function itself is
     raised at once. Tasks must be idempotent.
@@ -180,7 +185,7 @@ def map_on_actors(
             _one_thread()
             return function(*task)
 
-    new_actor = ray.remote(num_cpus=1, num_gpus=1 if gpus() else 0, max_restarts=0)(Caller).remote
+    new_actor = ray.remote(num_cpus=1, num_gpus=1 if use_gpu and gpus() else 0, max_restarts=0)(Caller).remote
 
     waiting = list(range(len(tasks)))[::-1]
     tries = dict.fromkeys(waiting, 0)

@@ -19,9 +19,10 @@ import torch
 from tdiff import config as configs
 from tdiff import launch, storage
 from tdiff.config import Config
-from tdiff.data.shards import Manifest, pack, read_manifest
-from tdiff.data.sources import SOURCES
+from tdiff.data.known import open_known
+from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.errors import ConfigError, DataError
+from tdiff.packing import pack
 from tdiff.runs import Run
 from tdiff.work.growing import check
 
@@ -142,18 +143,26 @@ def open_data(config: Config) -> tuple[str, Manifest]:
     url = data_url(config)
     try:
         if config.data.url is None and not storage.exists(storage.join(url, "manifest.json")):
-            pack(SOURCES[config.data.name](), url, config.data.shard_samples)
+            source = open_known(config.data.name, config.data.source_dir)
+            check_size(config, source.name, len(source.splits["train"]), source.shape)
+            # Where two runs start at once, one packs and the other waits.
+            pack(source, url, config.data.shard_samples, wait=True)
         manifest = read_manifest(url)
     except OSError as error:
         field = f"data.url={config.data.url}" if config.data.url else f"runs={config.runs}"
         raise ConfigError(f"{field} cannot be read or written ({error}): take another folder.") from error
     if not manifest.splits.get("train"):
         raise DataError(f"{url} has no split named train")
+    check_size(config, manifest.name, manifest.samples("train"), manifest.shape)
+    return url, manifest
+
+
+def check_size(config: Config, name: str, images: int, shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError where growing on data of that many training images of [I, H, H] could not even begin."""
     try:
-        check(config, manifest)
+        check(config, Manifest(name, shape, None, {"train": (Shard("", images, 0, ""),)}))
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
-    return url, manifest
 
 
 def resolve_precision(precision: str, workers: int) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from tdiff import cli, config, storage
 from tdiff.cli import console
 from tdiff.config import Config
+from tdiff.data.known import size_of_known
 from tdiff.data.shards import read_manifest
-from tdiff.data.sources import SOURCES
 from tdiff.diffusion.condition import Denoiser
 from tdiff.launch import default_workers
-from tdiff.opening import data_url
+from tdiff.opening import check_size, data_url
 from tdiff.pipeline import workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
@@ -32,21 +32,22 @@ def bytes_per_rank(parameters: int, zero: int, workers: int) -> int:
     return int(weights_kept + gradients_kept + partitioned)
 
 
-def size_of_data(chosen: Config) -> tuple[int, tuple[int, ...]]:
+def size_of_data(chosen: Config) -> tuple[int, tuple[int, int, int]]:
     """How many training images there are and their shape (I, H, H), from the manifest or the source; writes nothing."""
     url = data_url(chosen)
-    if storage.exists(storage.join(url, "manifest.json")):
+    if chosen.data.url is not None or storage.exists(storage.join(url, "manifest.json")):
         manifest = read_manifest(url)
         return manifest.samples("train"), manifest.shape
-    images = SOURCES[chosen.data.name]().splits["train"].images
-    return len(images), images.shape[1:]
+    return size_of_known(chosen.data.name, chosen.data.source_dir)
 
 
 def main() -> None:
     parser = cli.parser("plan", "Parameters, steps and memory of a run, before anything runs.")
     cli.add_config(parser)
     chosen = config.load(*cli.config_and_settings(parser.parse_intermixed_args()))
-    images, (channels, image_size, _) = size_of_data(chosen)
+    images, shape = size_of_data(chosen)
+    check_size(chosen, chosen.data.url or chosen.data.name, images, shape)
+    channels, image_size, _ = shape
 
     topology = Topology.root_with_two_leaves("00-root")
     while len(topology.leaves) < chosen.tree.max_leaves:

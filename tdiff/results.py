@@ -15,8 +15,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tdiff import launch, storage
+from tdiff.data.decode import Images
 from tdiff.data.shards import Shard, read_manifest
-from tdiff.data.stream import Images, read_split
+from tdiff.data.stream import read_split
 from tdiff.diffusion.condition import DenoiserSpec
 from tdiff.errors import ConfigError
 from tdiff.figures.page import CAPTIONS, page
@@ -74,6 +75,7 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
         data_url=data_url,
         bf16=record["bf16"],
         leaves=leaves,
+        max_bad_samples=config.data.max_bad_samples,
         **chosen,
     )
 
@@ -93,7 +95,8 @@ def standard_jobs(run: Run) -> dict[str, SampleJob]:
 
 def _settings(job: SampleJob) -> Settings:
     """What a job's images depend on, besides the run itself."""
-    return {key: value for key, value in asdict(job).items() if not key.endswith("url")}
+    kept = asdict(job).items()
+    return {key: value for key, value in kept if not key.endswith("url") and key != "max_bad_samples"}
 
 
 def unfinished(jobs: dict[str, SampleJob]) -> dict[str, SampleJob]:
@@ -154,7 +157,8 @@ def _splits(run: Run) -> dict[str, Images]:
     manifest = read_manifest(url)
     if manifest.digest != record["data_digest"]:
         raise ConfigError(f"RUN {run.url} was made from other data than {url} now holds: bring the old data back.")
-    return {split: read_split(url, manifest, split) for split in manifest.splits}
+    allowed = run.config().data.max_bad_samples
+    return {split: read_split(url, manifest, split, allowed) for split in manifest.splits}
 
 
 def _routing(run: Run, splits: dict[str, Images]) -> dict[str, Any]:

@@ -2,29 +2,72 @@
 
 A file is written whole or not at all, and a folder counts as finished when its COMPLETE marker,
 written last, is there.
+
+S3 takes the ordinary variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or AWS_PROFILE;
+AWS_REGION; and AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's. Where a store does not
+answer, or says that it cannot just now, every function here tries again for PATIENCE seconds (the variable
+TDIFF_STORAGE_PATIENCE sets another time; one more READ_TIMEOUT may pass until the last try is given up, longer where
+the connection broke down in the middle of a large write). What then still fails, or cannot be mended by waiting
+(credentials, a bucket that does not exist), is a StorageError; a file that does not exist is a FileNotFoundError, here
+as in local folders.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import logging
 import os
 import posixpath
+import re
+import shutil
+import threading
 import uuid
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import fsspec
 from safetensors import SafetensorError
 from safetensors.torch import load
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 from torch import Tensor
 
-from tdiff.errors import DataError
+from tdiff.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:  # importing it takes half a second, which local runs need not wait
+    from s3fs import S3FileSystem
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COMPLETE = "COMPLETE"
 
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
+"""The end of a local file's name while it is written; one that lies about was left by a writer that was killed."""
 
-def _fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    fs, path = fsspec.url_to_fs(url)
-    return fs, path
+PATIENCE = 60.0
+"""Seconds for which a store that does not answer is tried again, unless TDIFF_STORAGE_PATIENCE says otherwise."""
+
+CONNECT_TIMEOUT = 5.0
+READ_TIMEOUT = 20.0
+"""Seconds without a byte after which a connection counts as dead; never longer than the patience."""
+
+SLOWEST = 512 * 1024
+"""Bytes per second that a connection must take of what is written, beyond the READ_TIMEOUT."""
+
+PART = 8 * 1024**2
+"""Bytes of a part of a large write; what is smaller than two goes by one request."""
+
+LONGEST_PAUSE = 5.0
+"""Seconds between two tries, at most: how late a store that is back may be noticed."""
+
+
+class StorageError(Problem, OSError):
+    """Object storage that cannot be used: url, reason, remedy."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -44,15 +87,21 @@ def absolute(url: str) -> str:
 
 
 def exists(url: str) -> bool:
-    fs, path = _fs(url)
-    return bool(fs.exists(path))
+    """Whether there is such a file or folder. Raises StorageError."""
+    if (path := _local(url)) is not None:
+        return path.exists()
+    try:
+        _on_s3(url, "looked up", lambda fs, path: fs.info(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read_bytes(url: str) -> bytes:
-    """Raises FileNotFoundError if there is no such file."""
-    fs, path = _fs(url)
-    data: bytes = fs.cat_file(path)
-    return data
+    """A file, by one request. Raises FileNotFoundError if there is no such file, StorageError."""
+    if (path := _local(url)) is not None:
+        return path.read_bytes()
+    return _on_s3(url, "read", lambda fs, path: bytes(fs.cat_file(path)))
 
 
 def read_text(url: str) -> str:
@@ -60,7 +109,7 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError if there is none, DataError if it is damaged."""
+    """A JSON object. Raises FileNotFoundError if there is none, DataError if it is damaged, StorageError."""
     try:
         value = json.loads(read_bytes(url))
     except ValueError as error:
@@ -71,7 +120,7 @@ def read_json(url: str) -> dict[str, Any]:
 
 
 def read_tensors(url: str) -> dict[str, Tensor]:
-    """A safetensors file. Raises DataError if it is missing or damaged."""
+    """A safetensors file. Raises DataError if it is missing or damaged, StorageError."""
     try:
         return load(read_bytes(url))
     except FileNotFoundError as error:
@@ -83,28 +132,28 @@ def read_tensors(url: str) -> dict[str, Tensor]:
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a file whole or not at all: a reader sees the old bytes or the new ones, never a part.
 
-    S3 puts are atomic by themselves; locally a temporary file is flushed to disk and renamed.
+    On S3 an object appears when its last part has arrived (parts of an upload that was killed stay unseen until the
+    bucket's rules expire them); locally a temporary file is flushed to disk and renamed. Raises OSError, StorageError.
     """
-    fs, path = _fs(url)
-    if not is_local(url):
-        fs.pipe_file(path, data)
+    if (path := _local(url)) is None:
+        parts = memoryview(data).nbytes >= 2 * PART
+        _on_s3(url, "written", lambda fs, path: fs.pipe_file(path, data, chunksize=PART), parts)
         return
-    fs.makedirs(posixpath.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(temporary, "wb") as file:  # noqa: PTH123
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105
-        folder = os.open(posixpath.dirname(path), os.O_RDONLY)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a power cut could forget the new name, but not one that was given later
         finally:
             os.close(folder)
     finally:
-        if os.path.exists(temporary):  # noqa: PTH110
-            os.unlink(temporary)  # noqa: PTH108
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(url: str, text: str) -> None:
@@ -112,19 +161,79 @@ def write_text(url: str, text: str) -> None:
 
 
 def listing(url: str) -> list[str]:
-    """Names in a folder, sorted; empty if there is no such folder."""
-    fs, path = _fs(url)
-    fs.invalidate_cache(path)
-    if not fs.isdir(path):
+    """Names in a folder, sorted; empty if there is no such folder. Raises StorageError."""
+    if (path := _local(url)) is not None:
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    def names(fs: S3FileSystem, path: str) -> set[str]:
+        path = path.rstrip("/")
+        # Asked first, for s3fs answers `ls` of a folder that does not exist by listing all that is beside it.
+        if fs.info(path)["type"] != "directory":
+            return set()
+        found = (name.rstrip("/") for name in fs.ls(path, detail=False))
+        return {posixpath.basename(name) for name in found if name != path}
+
+    try:
+        return sorted(_on_s3(url, "listed", names))
+    except FileNotFoundError:
         return []
-    return sorted(posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
+
+
+def versions(url: str) -> dict[str, tuple[int, str]]:
+    """Every file below a folder, at any depth: path from there -> (bytes, a text that changes when the file does).
+
+    Hidden files too, and what links point to; sorted by path, empty if there is no such folder. Raises OSError,
+    StorageError.
+    """
+    if (path := _local(url)) is not None:
+        return dict(sorted(_local_versions(path)))
+
+    def found(fs: S3FileSystem, path: str) -> dict[str, tuple[int, str]]:
+        path = path.rstrip("/")
+        objects: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+        return {
+            name[len(path) + 1 :]: (int(entry["size"]), str(entry.get("ETag") or entry["LastModified"]).strip('"'))
+            for name, entry in sorted(objects.items())
+            if name != path and not name.endswith("/")  # consoles make objects named as folders
+        }
+
+    return _on_s3(url, "listed", found)
+
+
+def walk(url: str) -> list[tuple[str, int]]:
+    """Every file below a folder, at any depth: (path from there, bytes), sorted; see `versions`."""
+    return [(name, size) for name, (size, _) in versions(url).items()]
 
 
 def remove(url: str) -> None:
-    """Removes a file or a folder with all it holds; nothing happens if it is not there."""
-    fs, path = _fs(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    """Removes a file or a folder with all it holds; nothing happens if it is not there.
+
+    Raises OSError, StorageError.
+    """
+    if (path := _local(url)) is not None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+
+    def names(fs: S3FileSystem, path: str) -> list[str]:
+        path = path.rstrip("/")
+        own = [path] if fs.info(path)["type"] == "file" else []
+        return own + [name for name in fs.find(path) if name != path]
+
+    try:
+        found = _on_s3(url, "listed", names)
+    except FileNotFoundError:
+        return
+    with ThreadPoolExecutor(8) as pool:
+        # One request each: of those that take many names s3fs ignores the errors, and some stores know none.
+        jobs = [pool.submit(_on_s3, f"s3://{name}", "removed", lambda fs, path: fs.rm_file(path)) for name in found]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def finish(url: str) -> None:
@@ -135,3 +244,249 @@ def finish(url: str) -> None:
 def finished(url: str) -> bool:
     """Whether a folder was marked as complete."""
     return exists(join(url, COMPLETE))
+
+
+# --- local folders -----------------------------------------------------------------------------------
+
+
+def _local(url: str) -> Path | None:
+    """The path that a URL names; None for s3://. Raises ConfigError if it is neither."""
+    url = absolute(url)
+    if is_local(url):
+        return Path(url)
+    if not re.match(r"s3://[^/]", url):
+        raise ConfigError(f"{url} cannot be used: give a local folder or s3://BUCKET/FOLDER")
+    return None
+
+
+def _local_versions(folder: Path) -> Iterator[tuple[str, tuple[int, str]]]:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a folder that went while its parent was listed
+            raise error
+
+    seen = set()
+    if not folder.is_dir():
+        return
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        there = os.stat(place)  # noqa: PTH116
+        if (there.st_dev, there.st_ino) in seen:  # a link to a folder above it
+            subfolders.clear()
+            continue
+        seen.add((there.st_dev, there.st_ino))
+        for name in names:
+            file = Path(place, name)
+            try:
+                entry = file.stat()
+            except FileNotFoundError:
+                if file.is_symlink():
+                    raise
+                continue  # it went while the folder was listed, as what is written under another name first does
+            yield file.relative_to(folder).as_posix(), (entry.st_size, f"{entry.st_mtime_ns}-{entry.st_ino}")
+
+
+# --- S3 ----------------------------------------------------------------------------------------------
+
+
+def _patience() -> float:
+    text = os.environ.get("TDIFF_STORAGE_PATIENCE", "")
+    try:
+        seconds = float(text or PATIENCE)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise ConfigError(f"TDIFF_STORAGE_PATIENCE={text} is no time to wait: give seconds, such as {PATIENCE:g}")
+    return seconds
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _store() -> str:
+    return _endpoint() or "Amazon S3"
+
+
+def _on_s3(url: str, verb: str, operation: Callable[[S3FileSystem, str], T], parts: bool = False) -> T:
+    """operation(file system, path), tried again while waiting may help.
+
+    verb: what the file was to be; parts: by many requests, and big ones.
+
+    Raises FileNotFoundError, or StorageError for whatever else a store or its client may answer.
+    """
+    import aiohttp
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if _endpoint():
+        # Newer clients send and want checksums that other stores than Amazon's do not know.
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    patience = _patience()
+    read_timeout = min(READ_TIMEOUT, max(1.0, patience))
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    backoff = wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE, min=0.1)
+    tries = Retrying(
+        retry=retry_if_exception(_may_pass),
+        wait=lambda state: min(backoff(state), max(0.0, patience - (state.seconds_since_start or 0.0))),
+        stop=stop_after_delay(patience),
+        before_sleep=lambda state: _OUTAGES.begin(bucket, url, verb, state, patience),
+        reraise=True,
+    )
+
+    def attempt() -> T:
+        settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+        return operation(_file_system(os.getpid(), settings, read_timeout, parts), f"{bucket}/{key}")
+
+    try:
+        result = tries(attempt)
+    except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, ValueError, EOFError) as error:
+        if not _may_pass(error):
+            _OUTAGES.end(bucket)
+        if isinstance(error, FileNotFoundError):
+            if key and _answer(error)[0] != "NoSuchBucket":
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+            reason = f"there is no bucket {bucket} at {_store()}; make it, or correct the URL or AWS_ENDPOINT_URL_S3"
+        else:
+            reason = _why(error, bucket, patience)
+        raise StorageError(f"{url} cannot be {verb}: {reason}") from error
+    _OUTAGES.end(bucket)
+    return result
+
+
+@lru_cache(maxsize=1)
+def _bounded_session() -> Any:
+    """aiobotocore's HTTP session, which has no time limit of its own for what it writes.
+
+    Before a body it waits for "100 Continue" for ever, and in the midst of one for a server that stopped reading.
+    """
+    from aiobotocore.httpsession import AIOHTTPSession
+    from botocore.exceptions import ReadTimeoutError
+
+    class BoundedSession(AIOHTTPSession):  # type: ignore[misc]
+        async def send(self, request: Any) -> Any:
+            seconds = self._timeout.sock_connect + self._timeout.sock_read
+            try:
+                async with asyncio.timeout(seconds + int(request.headers.get("Content-Length", 0)) / SLOWEST):
+                    return await super().send(request)
+            except TimeoutError as error:
+                raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
+
+    return BoundedSession
+
+
+@lru_cache(maxsize=8)
+def _file_system(pid: int, settings: tuple[tuple[str, str], ...], read_timeout: float, parts: bool) -> S3FileSystem:
+    """A client of this process (`pid`: one made before a fork would hang) and these AWS_… variables.
+
+    It tries once, or twice each part of a large write; the rest is up to `_on_s3`, for tries inside tries multiply.
+    """
+    from s3fs import S3FileSystem
+
+    fs = S3FileSystem(
+        skip_instance_cache=True,
+        use_listings_cache=False,  # else what others write stays unseen
+        # Reading by one stream is reading by one request: one whole version of the object.
+        max_concurrency=2 if parts else 1,
+        config_kwargs={
+            "connect_timeout": min(CONNECT_TIMEOUT, read_timeout),
+            "read_timeout": read_timeout,
+            "retries": {"total_max_attempts": 2 if parts else 1, "mode": "standard"},
+            "max_pool_connections": 32,
+            "http_session_cls": _bounded_session(),
+        },
+    )
+    fs.retries = 1
+    return fs
+
+
+def _answer(error: BaseException | None) -> tuple[str, int]:
+    """The code and HTTP status of S3's answer behind an error; ("", 0) if there was none."""
+    from botocore.exceptions import ClientError
+
+    while error is not None:
+        if isinstance(error, ClientError):
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return str(error.response.get("Error", {}).get("Code", "")), int(status)
+        error = error.__cause__
+    return "", 0
+
+
+PASSING = re.compile(
+    r"SlowDown|Throttl|TooManyRequests|RequestLimit|RequestTimeout$|InternalError|ServiceUnavailable|OperationAborted"
+    r"|IncompleteBody|BadDigest|ContentSHA256Mismatch"  # damaged on the way
+    r"|NoSuchUpload|InvalidPart$"  # of a store that was started again in the middle of a large write
+)
+NO_ACCESS = re.compile(r"AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|Token|TooSkewed|Forbidden|Unauthorized")
+"""Of the codes that S3 answers with: those that pass, and those that do not before somebody gives other credentials."""
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether waiting may help: no answer, half an answer, or one that says so."""
+    import aiohttp
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+    from s3fs.utils import FileExpired
+
+    if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
+        return False
+    code, status = _answer(error)
+    if code or status:
+        return bool(PASSING.search(code)) or status in (408, 429) or 500 <= status != 501
+    no_answer = (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, ConnectionError, TimeoutError)
+    half_an_answer = (boto.IncompleteReadError, ResponseParserError, EOFError, FileExpired)
+    return isinstance(error, no_answer + half_an_answer)
+
+
+def _why(error: Exception, bucket: str, patience: float) -> str:
+    """Reason and remedy, without the URL."""
+    from botocore import exceptions as boto
+
+    code, status = _answer(error)
+    store = _store()
+    reason = _reason(error)
+    variables = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_PROFILE"
+    if _may_pass(error):
+        return (
+            f"{reason}, still after {patience:g} s of trying; check that {store} is up, and run the same command "
+            "again (TDIFF_STORAGE_PATIENCE: how many seconds to try)"
+        )
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+        return f"no complete credentials were found ({reason}); set {variables}"
+    if isinstance(error, boto.ProfileNotFound | boto.TokenRetrievalError | boto.UnauthorizedSSOTokenError):
+        return f"its credentials cannot be had ({reason}); check {variables}"
+    if status in (401, 403) or NO_ACCESS.search(code):
+        return f"{store} refuses access ({reason}); check {variables}, and what they may do in bucket {bucket}"
+    return f"{reason}; check the URL, AWS_REGION and AWS_ENDPOINT_URL_S3"
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line of at most 200 characters."""
+    code, _ = _answer(error)
+    text = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    return (text if not code or code in text or code.isdigit() else f"{code}: {text}")[:200]
+
+
+class _Outages:
+    """Says once when a bucket stops answering, however many threads ask it, and once when it is back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buckets: set[str] = set()
+
+    def begin(self, bucket: str, url: str, verb: str, state: RetryCallState, patience: float) -> None:
+        with self._lock:
+            if bucket in self._buckets:
+                return
+            self._buckets.add(bucket)
+        error = state.outcome.exception() if state.outcome else None
+        reason = _reason(error) if isinstance(error, Exception) else "no answer"
+        log.warning("%s could not be %s (%s): trying again for %g s", url, verb, reason, patience)
+
+    def end(self, bucket: str) -> None:
+        with self._lock:
+            if bucket not in self._buckets:
+                return
+            self._buckets.discard(bucket)
+        log.warning("s3://%s answers again", bucket)
+
+
+_OUTAGES = _Outages()

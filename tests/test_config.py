@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tdiff import config as configs
-from tdiff.config import Config, Data, differences, flat, load
+from tdiff.config import Config, differences, flat, load
 from tdiff.errors import ConfigError
 
 # Another valid value of every setting, and whether the results depend on it. A new setting must be entered here.
@@ -25,9 +25,14 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "workers": (1, False),
     "precision": ("fp32", False),
     "tracking": ("http://mlflow:5000", False),
-    "data.name": ("others", False),
+    "data.name": ("mnist", False),
+    "data.source_dir": ("/data/mnist", False),
     "data.url": ("s3://bucket/digits", False),
     "data.shard_samples": (100, False),
+    "data.block": (100, True),
+    "data.cache": ("/scratch/cache", False),
+    "data.cache_gb": (1.5, False),
+    "data.max_bad_samples": (3, False),
     "tree.encoder": ("cnn2", True),
     "tree.likelihood": ("gaussian", True),
     "tree.features": (6, True),
@@ -38,6 +43,8 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "tree.max_leaves": (9, True),
     "tree.batch": (64, True),
     "tree.slots": (1, True),
+    "tree.augmentation": ("celeba", True),
+    "tree.contrastive": (100.0, True),
     "tree.epochs.initial": (1, True),
     "tree.epochs.split": (1, True),
     "tree.epochs.refit": (0, True),
@@ -50,6 +57,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "tree.refit_every": (2, True),
     "tree.checkpoint_images": (1000, False),
     "diffusion.images": (1000, True),
+    "diffusion.epochs": (3, True),
     "diffusion.condition": ("recon+path", True),
     "diffusion.node_encoding": ("index", True),
     "diffusion.objective": ("v", True),
@@ -66,6 +74,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.warmup_images": (0, True),
     "diffusion.clip": (0.5, True),
     "diffusion.ema": (0.05, True),
+    "diffusion.ema_decay": (0.999, True),
     "diffusion.zero": (2, True),
     "diffusion.checkpoint_images": (1000, False),
     "samples.per_leaf": (10, True),
@@ -78,11 +87,18 @@ OTHER: dict[str, tuple[Any, bool]] = {
 }
 
 
+NEEDS = {"tree.contrastive": ["tree.augmentation=cifar10"]}
+"""Settings that cannot be changed alone."""
+
+
+def base(name: str) -> Config:
+    """The defaults, but for what the setting `name` needs."""
+    return load(None, NEEDS.get(name, []))
+
+
 def changed(name: str, value: Any) -> Config:
-    """The defaults with one setting changed."""
-    if name == "data.name":  # there is but one so far
-        return Config().model_copy(update={"data": Data().model_copy(update={"name": value})})
-    return load(None, [f"{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...').strip()}"])
+    """The same with one setting changed."""
+    return load(None, [*NEEDS.get(name, []), f"{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...').strip()}"])
 
 
 def problem(*overrides: str, path: Path | str | None = None) -> str:
@@ -215,7 +231,7 @@ def test_other_keys_that_are_none(setting: str):
         ("samples.draws=1", "1", "2"),
         ("samples.steps=1", "1", "2"),
         # one of several
-        ("data.name=mnist", "'mnist'", "'digits'"),
+        ("data.name=imagenet", "'imagenet'", "'digits'"),
         ("precision=fp16", "'fp16'", "'bf16'"),
         ("diffusion.zero=4", "4", "0, 1, 2 or 3"),
         ("diffusion.condition=pth", "'pth'", "path"),
@@ -385,9 +401,9 @@ def test_every_setting_stands_in_the_table_above():
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of data.name
 def test_the_identity_changes_with_what_results_depend_on_and_nothing_else(name: str):
     value, matters = OTHER[name]
-    config = changed(name, value)
-    assert {key for key, now in flat(config).items() if now != flat(Config())[key]} == {name}
-    assert (config.identity() != Config().identity()) == matters
+    config, before = changed(name, value), base(name)
+    assert {key for key, now in flat(config).items() if now != flat(before)[key]} == {name}
+    assert (config.identity() != before.identity()) == matters
 
 
 def test_the_identity_is_of_values_not_of_how_they_were_written(tmp_path: Path):

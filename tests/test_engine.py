@@ -41,11 +41,11 @@ from torch import Tensor, nn
 
 from tdiff import engine, storage
 from tdiff.config import Config, validated
-from tdiff.data.shards import pack
 from tdiff.data.sources import Source, Split, digits
 from tdiff.diffusion.ema import gamma_from_width
 from tdiff.engine import Batch, NonFiniteError, Task
 from tdiff.errors import ConfigError
+from tdiff.packing import pack
 from tdiff.tracking import read_metrics
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology

@@ -23,10 +23,11 @@ import ray
 from tdiff import config as configs
 from tdiff import launch, pipeline
 from tdiff.config import Config
-from tdiff.data.shards import Manifest, Shard, pack, read_manifest
+from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.sources import Source, Split
 from tdiff.errors import ConfigError, DataError
 from tdiff.opening import digest_of, only_driver, open_data, opened, tracking_uri
+from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
 from tdiff.runs import Run
 from tdiff.tree.topology import Topology
@@ -274,10 +275,11 @@ def test_phases_without_a_record_are_nobodys(tmp_path: Path):
 
 
 def test_a_refusal_names_what_matters(tmp_path: Path):
-    settings = ["tree.batch=4", "diffusion.batch=4", f"data.url={data_at(tmp_path)}"]
+    folder = data_at(tmp_path)
+    settings = ["tree.batch=4", "diffusion.batch=4", f"data.url={folder}"]
     open_run(here(tmp_path, "name=mine", *settings))
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(data_at(tmp_path), elsewhere)
+    shutil.copytree(folder, elsewhere)
     moved = ["workers=2", "tracking=http://x", *settings[:2], f"data.url={elsewhere}", "tree.checkpoint_images=1"]
     with pytest.raises(ConfigError) as caught:
         open_run(here(tmp_path, "name=mine", "tree.max_leaves=5", *moved))

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from tdiff import storage
-from tdiff.data.shards import Shard, pack
+from tdiff.data.shards import Shard
 from tdiff.data.sources import Source, Split
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
 from tdiff.diffusion.unet import UNetSpec
 from tdiff.errors import DataError
+from tdiff.packing import pack
 from tdiff.results import _complete
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.model import TreeSpec, TreeVAE

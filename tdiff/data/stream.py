@@ -1,75 +1,254 @@
-"""The reader: shards, checked and decoded, as arrays.
+"""The reader: images out of shards, in the order that training asks for.
 
-A shard is read whole and compared with the manifest's size and checksum before a single member is
-decoded. Decoders are named explicitly (PNG, integer label); nothing here can unpickle.
+A shard is read whole and compared with the manifest's size and checksum before a member of it is used. What is
+decoded goes to the node's cache (`tdiff.data.cache`); what comes next is read in the background.
 
-Legend: M images, I channels, H image size.
+Legend: B batch, M images, I channels, H image size, K shards.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
-from dataclasses import dataclass
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from threading import Lock
 
 import numpy as np
-from numpy.typing import NDArray
-from webdataset.tariterators import group_by_keys, tar_file_expander
+import torch
 
 from tdiff import storage
-from tdiff.data.images import decoded
+from tdiff.data.cache import Cache
+from tdiff.data.decode import Images, Pixels, shard_images
+from tdiff.data.order import Block, Ids, Order
 from tdiff.data.shards import Manifest, Shard
 from tdiff.errors import DataError
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Images:
-    """A decoded split in manifest order. images: uint8 [M, I, H, H]; labels: int64 [M] or None."""
+AHEAD = 4
+"""Shards that are read while an earlier one is waited for, and decoded ones that are kept at hand."""
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
+MOST_MAPPED = 16_384
+"""Cached shards that a process maps at a time; Linux allows it 65,530 maps."""
+
+
+class Reader:
+    """The images of a split, shard by shard.
+
+    cache_root: where this node keeps decoded shards, cache_bytes: how much of them (0: none). max_bad_samples: how many
+    images may be damaged; each is told, counted in `bad`, and its place taken by its neighbour in the shard.
+
+    Raises DataError naming shard and key, whatever is asked of it, where the data is not what the manifest says.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        manifest: Manifest,
+        split: str,
+        cache_root: Path | None = None,
+        cache_bytes: int = 0,
+        max_bad_samples: int = 0,
+    ):
+        self.url = url
+        self.manifest = manifest
+        self.split = split
+        self.shards = manifest.splits[split]
+        self.max_bad_samples = max_bad_samples
+        self.bad: dict[str, None] = {}
+        samples = [shard.samples for shard in self.shards]
+        self._ends = np.cumsum(samples)
+        self._first = self._ends - samples
+        self._versions = check_shards(url, manifest, split)
+        self._cache = None
+        if cache_root is not None and cache_bytes:
+            name = hashlib.sha256(f"{url} {manifest.digest}".encode()).hexdigest()[:32]
+            self._cache = Cache(cache_root, name, cache_bytes)
+        self._mapped: dict[int, Images] = {}
+        # A shard is often wanted again at once: where one block ends, the next begins.
+        self._recent: OrderedDict[int, Images] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return int(self._ends[-1])
 
+    def counts(self, ids: Ids | None = None) -> list[int]:
+        """How many of the ids (ascending; None: all) lie in each shard."""
+        if ids is None:
+            return [shard.samples for shard in self.shards]
+        edges = np.searchsorted(ids, np.append(self._first, self._ends[-1]))
+        return [int(count) for count in np.diff(edges)]
 
-def read_shard(url: str, shard: Shard, shape: tuple[int, int, int]) -> Images:
-    """The images of one shard. Raises DataError naming shard and key."""
-    try:
-        content = storage.read_bytes(storage.join(url, shard.name))
-    except FileNotFoundError as error:
-        raise DataError(f"{url}: shard {shard.name} is missing, though manifest.json lists it") from error
-    if len(content) != shard.bytes or hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(
-            f"{url}: shard {shard.name} is damaged ({len(content)} bytes, manifest.json says {shard.bytes} "
-            f"with SHA-256 {shard.sha256[:12]}…): copy or pack it again"
-        )
-    files = tar_file_expander([{"url": shard.name, "stream": io.BytesIO(content)}])
-    try:
-        samples = list(group_by_keys(files))
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise DataError(f"{url}: shard {shard.name} is not a tar of samples ({error.args[0]})") from error
-    images, labels = [], []
-    for sample in samples:
+    def gather(self, ids: Ids) -> Pixels:
+        """The images of the ids (places in the manifest's order), uint8 [B, I, H, H]; ids in any order."""
+        out = np.empty((len(ids), *self.manifest.shape), np.uint8)
+        of_shard = np.searchsorted(self._ends, ids, side="right")
+        rows = np.argsort(of_shard, kind="stable")
+        parts = np.split(rows, np.flatnonzero(np.diff(of_shard[rows])) + 1) if len(ids) else []
+        shards = [int(of_shard[part[0]]) for part in parts]
+        for k, part, images in zip(shards, parts, self._in_turn(shards), strict=True):
+            out[part] = images.images[ids[part] - self._first[k]]
+        return out
+
+    def blocks(self, first: int, last: int, size: int) -> Iterator[tuple[slice, Pixels]]:
+        """The images first…last-1 in the manifest's order, `size` at a time, each with its place; one is read ahead."""
+        places = [slice(k, min(k + size, last)) for k in range(first, last, size)]
+        with ThreadPoolExecutor(1) as pool:
+            coming = deque(pool.submit(self.gather, np.arange(place.start, place.stop)) for place in places[:1])
+            for place, after in zip_longest(places, places[1:]):
+                if after is not None:
+                    coming.append(pool.submit(self.gather, np.arange(after.start, after.stop)))
+                yield place, coming.popleft().result()
+
+    def all(self) -> Images:
+        """The whole split, in the manifest's order."""
+        parts = list(self._in_turn(range(len(self.shards))))
+        labels = [part.labels for part in parts if part.labels is not None]
+        if labels and len(labels) != len(parts):
+            raise DataError(f"{self.url}: some shards of {self.split} have labels and some have none")
+        return Images(np.concatenate([part.images for part in parts]), np.concatenate(labels) if labels else None)
+
+    def _in_turn(self, shards: Sequence[int]) -> Iterator[Images]:
+        """Yields shards in turn, while threads read the next ones."""
+        if all(k in self._mapped for k in shards):
+            yield from (self._shard(k) for k in shards)
+            return
+        coming: deque[Future[Images]] = deque()
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for k in shards:
+                coming.append(pool.submit(self._shard, k))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _shard(self, k: int) -> Images:
+        if (mapped := self._mapped.get(k)) is not None:
+            return mapped
+        with self._lock:
+            if k in self._recent:
+                self._recent.move_to_end(k)
+                return self._recent[k]
+        shard = self.shards[k]
+        kept = hashlib.sha256(f"{shard.sha256} {self._versions[shard.name]}".encode()).hexdigest()[:32]
+        if self._cache is not None and (tensors := self._cache.read(kept)) is not None:
+            labels = tensors.get("labels")
+            images = Images(tensors["images"].numpy(), None if labels is None else labels.numpy())
+            if len(self._mapped) >= MOST_MAPPED:
+                self._mapped.clear()
+            self._mapped[k] = images
+            return images
+        damaged: list[str] = []
+        images = self._read(shard, damaged)
+        with self._lock:
+            for message in damaged:
+                self._tell(message)
+            self._recent[k] = images
+            if len(self._recent) > AHEAD:
+                self._recent.popitem(last=False)
+        if self._cache is not None and not damaged:
+            tensors = {"images": torch.from_numpy(images.images)}
+            if images.labels is not None:
+                tensors["labels"] = torch.from_numpy(images.labels)
+            self._cache.write(kept, tensors)
+        return images
+
+    def _read(self, shard: Shard, damaged: list[str]) -> Images:
+        """Reads, checks and decodes a shard; `damaged` gets the messages about images that may be damaged."""
+        where = f"{self.url}: shard {shard.name}"
         try:
-            images.append(decoded(sample["png"], shape))
-            if "cls" in sample:
-                labels.append(int(sample["cls"]))
-        except (KeyError, ValueError, OSError) as error:
-            raise DataError(f"{url}: shard {shard.name}, key {sample.get('__key__')}: {error}") from error
-    if not images or len(images) != shard.samples or len(labels) not in (0, len(images)):
-        raise DataError(
-            f"{url}: shard {shard.name} holds {len(images)} images and {len(labels)} labels, "
-            f"manifest.json says {shard.samples}"
+            content = storage.read_bytes(storage.join(self.url, shard.name))
+        except FileNotFoundError as error:
+            raise DataError(f"{where} is missing, though manifest.json lists it") from error
+        intact = len(content) == shard.bytes and hashlib.sha256(content).hexdigest() == shard.sha256
+        classes = None if self.manifest.classes is None else len(self.manifest.classes)
+        strict = intact and not self.max_bad_samples
+        try:
+            images = shard_images(content, where, self.manifest.shape, classes, None if strict else damaged)
+        except DataError as error:
+            if intact:
+                raise
+            raise DataError(f"{self._not_intact(where, shard, content)}; {error}") from error
+        if not intact and not (self.max_bad_samples and damaged and len(content) == shard.bytes):
+            first = f"; first at {damaged[0].removeprefix(where + ', ')}" if damaged else ""
+            raise DataError(self._not_intact(where, shard, content) + first)
+        if len(images) != shard.samples:
+            raise DataError(f"{where} holds {len(images)} samples, manifest.json says {shard.samples}")
+        return images
+
+    def _not_intact(self, where: str, shard: Shard, content: bytes) -> str:
+        return (
+            f"{where} is damaged ({len(content)} bytes, manifest.json says {shard.bytes} with SHA-256 "
+            f"{shard.sha256[:12]}…): copy or pack it again"
         )
-    return Images(np.stack(images), np.array(labels, np.int64) if labels else None)
+
+    def _tell(self, message: str) -> None:
+        """Counts a damaged image. Raises DataError if they are too many."""
+        known = message in self.bad
+        self.bad[message] = None
+        if len(self.bad) > self.max_bad_samples:
+            raise DataError(f"{message}; data.max_bad_samples={self.max_bad_samples} allows no more of them")
+        if not known:
+            log.warning("%s: skipped (%d of %d allowed)", message, len(self.bad), self.max_bad_samples)
 
 
-def read_split(url: str, manifest: Manifest, split: str) -> Images:
+def check_shards(url: str, manifest: Manifest, split: str) -> dict[str, str]:
+    """Compares what storage lists with the manifest, reading nothing: shard's name -> a text that changes if it does.
+
+    Raises DataError naming the shard that is missing or has another size.
+    """
+    there = storage.versions(url)
+    for shard in manifest.splits[split]:
+        if shard.name not in there:
+            raise DataError(f"{url}: shard {shard.name} is missing, though manifest.json lists it")
+        size, _ = there[shard.name]
+        if size != shard.bytes:
+            raise DataError(
+                f"{url}: shard {shard.name} is damaged ({size} bytes, manifest.json says {shard.bytes}): "
+                "copy or pack it again"
+            )
+    return {shard.name: there[shard.name][1] for shard in manifest.splits[split]}
+
+
+class Batches:
+    """The images of a phase's batches: (step, slot) -> uint8 [B/S, I, H, H], for steps below `steps`.
+
+    While one block of a slot is used, its next is gathered in the background: two blocks of each slot that this
+    worker serves are in memory. ids: those that `order` orders, ascending (None: the whole split).
+    """
+
+    def __init__(self, reader: Reader, order: Order, steps: int, ids: Ids | None = None):
+        self._reader = reader
+        self._order = order
+        self._steps = steps
+        self._ids = ids
+        self._pool = ThreadPoolExecutor(1, "blocks")
+        self._now: dict[int, tuple[Block, Pixels]] = {}
+        self._coming: dict[int, tuple[Block, Future[Pixels]]] = {}
+
+    def __call__(self, step: int, slot: int) -> Pixels:
+        block = self._order.block_of(step)
+        if slot not in self._now or self._now[slot][0] != block:
+            self._now.pop(slot, None)  # its memory is needed for the next
+            if slot not in self._coming or self._coming[slot][0] != block:
+                self._prepare(block, slot)
+            self._now[slot] = (block, self._coming.pop(slot)[1].result())
+            if (next_step := self._order.after(block)) < self._steps:
+                self._prepare(self._order.block_of(next_step), slot)
+        return self._now[slot][1][self._order.rows(step)]
+
+    def _prepare(self, block: Block, slot: int) -> None:
+        self._coming[slot] = (block, self._pool.submit(self._gathered, block, slot))
+
+    def _gathered(self, block: Block, slot: int) -> Pixels:
+        positions = self._order.block(block, slot)
+        return self._reader.gather(positions if self._ids is None else self._ids[positions])
+
+
+def read_split(url: str, manifest: Manifest, split: str, max_bad_samples: int = 0) -> Images:
     """All images of a split, decoded, in manifest order."""
-    parts = [read_shard(url, shard, manifest.shape) for shard in manifest.splits[split]]
-    labels = [part.labels for part in parts if part.labels is not None]
-    if labels and len(labels) != len(parts):
-        raise DataError(f"{url}: some shards of {split} have labels and some have none")
-    return Images(np.concatenate([part.images for part in parts]), np.concatenate(labels) if labels else None)
+    return Reader(url, manifest, split, max_bad_samples=max_bad_samples).all()

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from tdiff import engine, storage
 from tdiff.config import Config
 from tdiff.data.order import Order
-from tdiff.data.shards import read_manifest
-from tdiff.data.stream import read_split
+from tdiff.data.stream import Batches
 from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
-from tdiff.diffusion.ema import Ema, gamma_from_width, power_decay
+from tdiff.diffusion.ema import Ema, constant_decay, gamma_from_width, power_decay
 from tdiff.diffusion.process import Schedule, denoising_loss, stratified_steps
 from tdiff.engine import Averager, Batch, Task, Worker
 from tdiff.seeds import seed_of
 from tdiff.tree.model import Path, TreeVAE, Visit
-from tdiff.work.growing import as_images, load_tree
+from tdiff.work.growing import load_tree
+from tdiff.work.reading import as_images, open_split
 
 PHASE = "diffusion"
 
@@ -103,27 +103,31 @@ class DiffusionObjective(nn.Module):
 def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     """Trains the diffusion model and writes its folder."""
     config, section = phase.config, phase.config.diffusion
-    manifest = read_manifest(phase.data_url)
-    train = read_split(phase.data_url, manifest, "train")
+    train = open_split(config, phase.data_url, "train")
     tree = load_tree(phase.tree_url)
     torch.manual_seed(seed_of("init", config.seed, PHASE))
     denoiser = Denoiser(denoiser_spec(config, tree))
     objective = DiffusionObjective(denoiser, tree, section.condition_dropout)
-    order = Order(len(train), section.batch, section.slots, config.seed, PHASE)
+    order = Order(train.counts(), section.batch, section.slots, config.seed, PHASE, config.data.block)
+    steps = (
+        max(1, section.images // section.batch) if section.epochs is None else section.epochs * order.steps_per_epoch
+    )
+    images = Batches(train, order, steps)
     warmup_steps = section.warmup_images / section.batch
 
     def batch(step: int, slot: int) -> Batch:
-        return {"images": as_images(train.images[order.positions(step, slot)])}
+        return {"images": as_images(images(step, slot))}
 
     def average(tensors: list[Tensor]) -> Averager:
-        return Ema(tensors, power_decay(gamma_from_width(section.ema)))
+        width, decay = section.ema, section.ema_decay
+        return Ema(tensors, power_decay(gamma_from_width(width)) if decay is None else constant_decay(decay))
 
     outcome = engine.train(
         Task(
             phase=PHASE,
             objective=objective,
             batch=batch,
-            steps=max(1, section.images // section.batch),
+            steps=steps,
             batch_size=section.batch,
             slots=section.slots,
             seed=config.seed,

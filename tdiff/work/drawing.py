@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tdiff.data.stream import Images
+from tdiff.data.decode import Images
 from tdiff.figures import plots
 from tdiff.tree.growth import leaf_reach, members, node_reach
 from tdiff.tree.topology import Topology

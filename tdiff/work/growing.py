@@ -10,9 +10,9 @@ Legend: B batch, M images, R nodes with routers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from tdiff import engine, storage
 from tdiff.config import Config
 from tdiff.data.order import Order
-from tdiff.data.shards import Manifest, read_manifest
-from tdiff.data.stream import Images, read_split
+from tdiff.data.shards import Manifest
+from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.seeds import seed_of
 from tdiff.tree.growth import effective_leaves, leaf_reach, members, node_reach
 from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
 from tdiff.tree.model import TreeVAE, evaluating, norms
 from tdiff.tree.topology import Topology
+from tdiff.work.reading import as_images, open_split
 
 DECISION_BLOCK = 512
 """Images per forward pass where decisions are computed: fixed, so that the same weights give the same numbers."""
@@ -51,11 +52,6 @@ class GrowingPhase:
     leaf: int | None
     data_url: str
     config: Config
-
-
-def as_images(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, I, H, H] -> float in [0, 1]."""
-    return torch.from_numpy(pixels).float() / 255
 
 
 def save_tree(url: str, model: TreeVAE) -> None:
@@ -133,15 +129,11 @@ def _weighed(elbo: Elbo, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
     return elbo.loss(alpha), {**terms, "alpha": terms["kl_root"].new_tensor(alpha)}
 
 
-class Batches(Protocol):
-    def __call__(self, step: int, slot: int) -> Batch: ...
-
-
 def grow(phase: GrowingPhase, worker: Worker) -> None:
     """Trains one phase and writes its folder."""
     config = phase.config
-    manifest = read_manifest(phase.data_url)
-    train = read_split(phase.data_url, manifest, "train")
+    train = open_split(config, phase.data_url, "train")
+    manifest = train.manifest
     torch.manual_seed(seed_of("init", config.seed, phase.name))
     if phase.previous is None:
         channels, image_size, _ = manifest.shape
@@ -155,12 +147,19 @@ def grow(phase: GrowingPhase, worker: Worker) -> None:
 
     routing = {"train": routing_of(model, train, worker)}
     if "test" in manifest.splits:
-        routing["test"] = routing_of(model, read_split(phase.data_url, manifest, "test"), worker)
+        routing["test"] = routing_of(model, open_split(config, phase.data_url, "test"), worker)
     if worker.rank == 0:
         _finish(phase, model, routing, outcome)
 
 
-def _task(phase: GrowingPhase, order: Order, epochs: int, objective: nn.Module, batch: Batches, model: TreeVAE) -> Task:
+def _task(
+    phase: GrowingPhase,
+    order: Order,
+    epochs: int,
+    objective: nn.Module,
+    batch: Callable[[int, int], Batch],
+    model: TreeVAE,
+) -> Task:
     tree = phase.config.tree
 
     def learning_rate(step: int) -> float:
@@ -182,54 +181,62 @@ def _task(phase: GrowingPhase, order: Order, epochs: int, objective: nn.Module, 
     )
 
 
-def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Images) -> Task:
+def _order(phase: GrowingPhase, counts: list[int]) -> Order:
+    tree = phase.config.tree
+    return Order(counts, tree.batch, tree.slots, phase.config.seed, phase.name, phase.config.data.block)
+
+
+def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     tree = phase.config.tree
     epochs, rise = {
         "root": (tree.epochs.initial, tree.kl_step),
         "refit": (tree.epochs.refit, tree.kl_step),
         "finetune": (tree.epochs.final, max(0.01, 1 / max(tree.epochs.final - 1, 1))),
     }[phase.kind]
-    order = Order(len(train), tree.batch, tree.slots, phase.config.seed, phase.name)
+    order = _order(phase, train.counts())
+    images = Batches(train, order, epochs * order.steps_per_epoch)
     objective = TreeObjective(model, Annealing(order, tree.kl_start, rise))
     model.train()
 
     def batch(step: int, slot: int) -> Batch:
-        return {"images": as_images(train.images[order.positions(step, slot)])}
+        return {"images": as_images(images(step, slot))}
 
     return _task(phase, order, epochs, objective, batch, model)
 
 
-def _split_task(phase: GrowingPhase, model: TreeVAE, train: Images) -> Task:
+def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     tree = phase.config.tree
     assert phase.leaf is not None
     assert phase.previous is not None
     reach = leaf_reach(model.topology, load_routing(phase.previous, "train"))
     ids = members(reach, model.topology.leaves.index(phase.leaf))
-    images = as_images(train.images[ids])
+    images = train.gather(ids)
+    starts = range(0, len(ids), DECISION_BLOCK)
     with evaluating(model):
-        blocks = [frozen_features(model, phase.leaf, block) for block in images.split(DECISION_BLOCK)]
+        blocks = [frozen_features(model, phase.leaf, as_images(images[k : k + DECISION_BLOCK])) for k in starts]
     frozen = Frozen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
     new = model.split(phase.leaf, phase.name)
     model.train_only(new)
-    order = Order(len(ids), tree.batch, tree.slots, phase.config.seed, phase.name)
+    order = _order(phase, train.counts(ids))
     objective = SplitObjective(model, phase.leaf, new, Annealing(order, tree.kl_start, tree.kl_step))
 
     def batch(step: int, slot: int) -> Batch:
-        rows = torch.from_numpy(order.positions(step, slot))
-        return {"images": images[rows]} | {name: part[rows] for name, part in frozen._asdict().items()}
+        rows = order.positions(step, slot)
+        return {"images": as_images(images[rows])} | {name: part[rows] for name, part in frozen._asdict().items()}
 
     return _task(phase, order, tree.epochs.split, objective, batch, model)
 
 
-def routing_of(model: TreeVAE, images: Images, worker: Worker) -> NDArray[np.float32]:
-    """Routing probabilities [M, R] of all images in manifest order: in fixed blocks, shared by the workers."""
-    starts = range(0, len(images), DECISION_BLOCK)
+def routing_of(model: TreeVAE, split: Reader, worker: Worker) -> NDArray[np.float32]:
+    """Routing probabilities [M, R] of all images in manifest order: in fixed blocks, each worker a stretch of them."""
+    blocks = -(-len(split) // DECISION_BLOCK)
     device = next(model.parameters()).device
-    routing = torch.zeros(len(images), len(model.topology.deciding), device=device)
+    routing = torch.zeros(len(split), len(model.topology.deciding), device=device)
     with evaluating(model):
-        for start in starts[worker.rank :: worker.world]:
-            block = slice(start, start + DECISION_BLOCK)
-            routing[block] = model.routing(as_images(images.images[block]).to(device))
+        shares = [min(blocks * k // worker.world * DECISION_BLOCK, len(split)) for k in range(worker.world + 1)]
+        first, last = shares[worker.rank : worker.rank + 2]
+        for place, pixels in split.blocks(first, last, DECISION_BLOCK):
+            routing[place] = model.routing(as_images(pixels).to(device))
     if worker.world > 1:
         dist.all_reduce(routing)  # every row is one worker's number plus zeros, so the sum is exact
     return routing.cpu().numpy()

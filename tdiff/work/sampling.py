@@ -29,7 +29,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from tdiff import storage
 from tdiff.data.images import decoded, png_bytes
 from tdiff.data.shards import Shard, read_manifest
-from tdiff.data.stream import Images, read_split
+from tdiff.data.stream import Reader
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
 from tdiff.diffusion.process import Schedule
 from tdiff.diffusion.samplers import ddim, ddpm, noise_from, quadratic_grid, uniform_grid
@@ -37,7 +37,8 @@ from tdiff.errors import DataError
 from tdiff.seeds import generator
 from tdiff.tree.model import Path, TreeVAE
 from tdiff.work.diffusing import leaf_reconstruction
-from tdiff.work.growing import as_images, load_tree
+from tdiff.work.growing import load_tree
+from tdiff.work.reading import as_images
 
 Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
 MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves")
@@ -65,6 +66,7 @@ class SampleJob:
     bf16: bool
     leaves: int
     leaf: int | None = None
+    max_bad_samples: int = 0
 
     @property
     def images_per_draw(self) -> int:
@@ -94,8 +96,8 @@ def _models(tree_url: str, diffusion_url: str) -> tuple[TreeVAE, Denoiser]:
 
 
 @lru_cache(maxsize=1)
-def _test_images(data_url: str) -> Images:
-    return read_split(data_url, read_manifest(data_url), "test")
+def _test_images(data_url: str, max_bad_samples: int) -> Reader:
+    return Reader(data_url, read_manifest(data_url), "test", max_bad_samples=max_bad_samples)
 
 
 def draw_shard(job: SampleJob, shard: int) -> Shard:
@@ -134,9 +136,9 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
     rng = generator("sample", job.seed, shard, device=device)
     first = shard * job.draws_per_shard
     if job.mode.startswith("reconstruct"):
-        test = _test_images(job.data_url)
+        test = _test_images(job.data_url, job.max_bad_samples)
         rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
-        visits = tree.walk(as_images(test.images[rows]).to(device), rng)
+        visits = tree.walk(as_images(test.gather(rows)).to(device), rng)
     else:
         visits = tree.descend(job.draws_per_shard, rng)
     start = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from tdiff.data.stream import Images
+from tdiff.data.decode import Images
 from tdiff.evaluation.classifier import Classifier, class_histograms, confidence, mean_entropy, train_classifier
 from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
 from tdiff.evaluation.controls import kmeans, ward
@@ -25,7 +25,7 @@ from tdiff.evaluation.frechet import Moments, frechet_distance
 from tdiff.seeds import seed_of
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.topology import Topology
-from tdiff.work.growing import as_images
+from tdiff.work.reading import as_images
 from tdiff.work.sampling import Samples
 
 
