@@ -69,6 +69,7 @@ class Tree(Section):
     slots: int = Field(2, ge=1, description="S, parts of a batch with batch norm of their own; workers divide S")
     augmentation: Literal["none", "cifar10", "celeba"] = Field("none", description="of two views of every image")
     contrastive: float = Field(0.0, ge=0, description="lambda, weight of the contrastive terms; needs augmentation")
+    reach_threshold: float = Field(0.0, ge=0, lt=0.5, description="nodes leave out rows that reach them less; 0: exact")
     epochs: Epochs = Epochs()
     kl_start: float = Field(0.0, ge=0, le=1, description="alpha in the first epoch of a phase")
     kl_step: float = Field(0.001, ge=0, description="added to alpha every epoch, up to 1")
@@ -77,6 +78,11 @@ class Tree(Section):
     decay_every: int = Field(100, ge=1, description="epochs between decays of the learning rate by 10")
     refit_every: int = Field(3, ge=1, description="splits between refits")
     checkpoint_images: int = Field(500_000, ge=1, description="images between resume checkpoints of a phase")
+
+    @property
+    def images_per_step(self) -> int:
+        """How many images make a batch: each is one row, or two views."""
+        return self.batch if self.augmentation == "none" else self.batch // 2
 
 
 class Diffusion(Section):
@@ -199,7 +205,8 @@ class Config(Section):
     def tree_spec(self, channels: int, image_size: int) -> TreeSpec:
         """The TreeVAE's shape for images of [channels, image_size, image_size]."""
         names = ("encoder", "likelihood", "features", "latent_channels", "feature_channels", "size", "residual")
-        return TreeSpec(channels, image_size, **self.tree.model_dump(include=set(names)))
+        projections = self.tree.contrastive > 0
+        return TreeSpec(channels, image_size, projections=projections, **self.tree.model_dump(include=set(names)))
 
     def unet_spec(self, channels: int, image_size: int) -> UNetSpec:
         """The U-Net's shape for such images. Raises ValueError, naming the field, if it cannot be built."""

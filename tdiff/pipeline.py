@@ -70,7 +70,7 @@ def next_tree_phase(done: list[str], config: Config, read: Callable[[str], tuple
         return NextPhase(f"{number}-finetune", "finetune")
     tree = config.tree
     topology, left = read(done[-1])
-    leaf = leaf_to_split(topology, left, tree.max_leaves, tree.features - 1, tree.batch)
+    leaf = leaf_to_split(topology, left, tree.max_leaves, tree.features - 1, tree.images_per_step)
     if leaf is None:
         return NextPhase(f"{number}-prune", "prune", leaves=tuple(leaves_to_prune(topology, left)))
     splits = sum(kind_of(phase) == "split" for phase in done)

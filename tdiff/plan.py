@@ -56,7 +56,7 @@ def main() -> None:
     tree = TreeVAE(chosen.tree_spec(channels, image_size), topology)
     denoiser = Denoiser(denoiser_spec(chosen, tree))
     epochs, section = chosen.tree.epochs, chosen.diffusion
-    per_epoch = images // chosen.tree.batch
+    per_epoch = images // chosen.tree.images_per_step
     splits = chosen.tree.max_leaves - 2
     refits = max(0, splits - 1) // chosen.tree.refit_every if epochs.refit else 0
     whole = epochs.initial + refits * epochs.refit + epochs.final

@@ -45,6 +45,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "tree.slots": (1, True),
     "tree.augmentation": ("celeba", True),
     "tree.contrastive": (100.0, True),
+    "tree.reach_threshold": (0.001, True),
     "tree.epochs.initial": (1, True),
     "tree.epochs.split": (1, True),
     "tree.epochs.refit": (0, True),

@@ -7,6 +7,7 @@ Legend: B batch, D latent channels, r feature size, I image channels, H image si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdiff.tree.model import TreeVAE, Visit, draw, image_nll, merge
+from tdiff.tree import stacked
+from tdiff.tree.model import Level, TreeVAE, Walk, draw, image_nll, merge, pick
+
+LOOP_ABOVE = 10_000
+"""Image values a leaf decodes above which a CPU takes leaves one by one: large grouped convs of few channels are slow
+there (2.3 times as slow for 256 images of 28x28 at 10 leaves). A GPU always takes all at once."""
 
 
 class Elbo(NamedTuple):
@@ -30,13 +36,19 @@ class Elbo(NamedTuple):
         return (self.reconstruction + alpha * (self.kl_root + self.kl_nodes + self.kl_decisions)).mean()
 
 
-def kl_normal(q_mean: Tensor, q_variance: Tensor, p_mean: Tensor | None, p_variance: Tensor | None) -> Tensor:
-    """KL(N(q) || N(p)) with diagonal variances, summed over [D, r, r]; p None means N(0, I). Returns [B]."""
+def kl_normal(
+    q_mean: Tensor,
+    q_variance: Tensor,
+    p_mean: Tensor | None,
+    p_variance: Tensor | None,
+    dims: tuple[int, ...] = (-3, -2, -1),
+) -> Tensor:
+    """KL(N(q) || N(p)) with diagonal variances, summed over [D, r, r], which are at `dims`; p None means N(0, I)."""
     if p_mean is None or p_variance is None:
         kl = q_variance + q_mean.square() - 1 - q_variance.log()
     else:
         kl = (q_variance + (q_mean - p_mean).square()) / p_variance - 1 + p_variance.log() - q_variance.log()
-    return 0.5 * kl.flatten(1).sum(1)
+    return 0.5 * kl.sum(dims)
 
 
 def kl_bernoulli(q_logit: Tensor, p_logit: Tensor) -> Tensor:
@@ -47,21 +59,54 @@ def kl_bernoulli(q_logit: Tensor, p_logit: Tensor) -> Tensor:
     return left + right
 
 
-def tree_elbo(model: TreeVAE, visits: dict[int, Visit], x: Tensor) -> Elbo:
-    """The negative ELBO's terms for images [B, I, H, H], from one pass `visits = model.walk(x)`."""
-    zero = x.new_zeros(len(x))
-    reconstruction, kl_nodes, kl_decisions = zero, zero, zero
-    for node, visit in visits.items():
-        if node != 0:
-            kl = kl_normal(visit.q_mean, visit.q_variance, visit.p_mean, visit.p_variance)
-            kl_nodes = kl_nodes + visit.reach * kl
-        if visit.q_logit is not None and visit.p_logit is not None:
-            kl_decisions = kl_decisions + visit.reach * kl_bernoulli(visit.q_logit, visit.p_logit)
-        if model.topology.is_leaf(node):
-            nll = image_nll(model.decoded(node, visit.z), x, model.spec.likelihood)
-            reconstruction = reconstruction + visit.reach * nll
-    root = visits[0]
-    return Elbo(reconstruction, kl_normal(root.q_mean, root.q_variance, None, None), kl_nodes, kl_decisions)
+def tree_elbo(model: TreeVAE, walk: Walk, x: Tensor) -> Elbo:
+    """The negative ELBO's terms for images [B, I, H, H], from one pass `model.walk(x)`."""
+    kl_root, kl_nodes, kl_decisions = (x.new_zeros(len(x)) for _ in range(3))
+    by_rows: dict[int, list[tuple[Level, list[int]]]] = {}  # where the leaves are, K of them at a time
+    for level in walk.levels:
+        kl = kl_normal(level.q_mean, level.q_variance, level.p_mean, level.p_variance, dims=(1, 2, 3))  # [n, K]
+        if level.p_mean is None:
+            kl_root = kl[0]
+        else:
+            kl_nodes = kl_nodes + _per_sample(level.reach * kl, level.rows, len(x))
+        if level.choosing:
+            places = [level.nodes.index(node) for node in level.choosing]
+            reach, rows = pick(level.reach, places), None if level.rows is None else pick(level.rows, places)
+            kl_decisions = kl_decisions + _per_sample(reach * kl_bernoulli(level.q_logit, level.p_logit), rows, len(x))
+        if places := [k for k, node in enumerate(level.nodes) if model.topology.is_leaf(node)]:
+            by_rows.setdefault(level.reach.shape[1], []).append((level, places))
+    reconstruction = x.new_zeros(len(x))
+    for parts in by_rows.values():
+        leaves = [level.nodes[k] for level, places in parts for k in places]
+        z = torch.cat([pick(level.z, places) for level, places in parts])  # [n, D, r, r, K]
+        reach = torch.cat([pick(level.reach, places) for level, places in parts])
+        rows = None
+        if any(level.rows is not None for level, _ in parts):
+            rows = torch.cat([pick(level.rows, places) for level, places in parts if level.rows is not None])
+        reconstruction = reconstruction + _reconstruction(model, leaves, z, reach, rows, x)
+    return Elbo(reconstruction, kl_root, kl_nodes, kl_decisions)
+
+
+def _per_sample(terms: Tensor, rows: Tensor | None, batch: int) -> Tensor:
+    """Terms [n, K] of n nodes added up for every sample, [B]; `rows` says which samples they are of, None: all."""
+    if rows is None:
+        return terms.sum(0)
+    return terms.new_zeros(batch).index_add(0, rows.flatten(), terms.flatten())
+
+
+def _reconstruction(
+    model: TreeVAE, leaves: Sequence[int], z: Tensor, reach: Tensor, rows: Tensor | None, x: Tensor
+) -> Tensor:
+    """Sum over n leaves of reach [n, K] times nll, for every sample: [B]. z [n, D, r, r, K]."""
+    together = 1 if z.device.type == "cpu" and z.shape[-1] * x[0].numel() > LOOP_ABOVE else len(leaves)
+    total = x.new_zeros(len(x))
+    for k in range(0, len(leaves), together):
+        part = slice(k, k + together)
+        decoded = model.decoded_together(leaves[part], z[part])  # [K, n, I, H, H]
+        target = x[:, None].expand(decoded.shape) if rows is None else x[rows[part].T]
+        nll = image_nll(decoded, target, model.spec.likelihood).T  # [n, K]
+        total = total + _per_sample(reach[part] * nll, None if rows is None else rows[part], len(x))
+    return total
 
 
 class Frozen(NamedTuple):
@@ -100,19 +145,27 @@ def path_latent(model: TreeVAE, leaf: int, frozen: Frozen, rng: torch.Generator 
     return z
 
 
-def split_elbo(model: TreeVAE, node: int, frozen: Frozen, x: Tensor, rng: torch.Generator | None) -> Elbo:
-    """The terms that the two new leaves below `node` add to the negative ELBO, weighted by the reach of `node`."""
+def split_elbo(
+    model: TreeVAE, node: int, frozen: Frozen, x: Tensor, rng: torch.Generator | None, q_logit: Tensor | None = None
+) -> Elbo:
+    """The terms that the two new leaves below `node` add to the negative ELBO, weighted by the reach of `node`.
+
+    q_logit: [B] what the new router of the posterior said, if that is known already.
+    """
     with torch.no_grad():
         z = path_latent(model, node, frozen, rng)
-    q_logit, p_logit = model.posterior_logit(node, frozen.feature), model.prior_logit(node, z)
-    reconstruction = kl_nodes = x.new_zeros(len(x))
-    for child, logit in zip(model.topology.children(node), (q_logit, -q_logit), strict=True):
-        assert child is not None
-        reach = frozen.reach * logit.sigmoid()
-        p_mean, p_variance = model.transformation(child, z)
-        q_mean, q_variance = merge(*model.dense(child, frozen.child_feature), p_mean, p_variance)
-        decoded = model.decoded(child, draw(q_mean, q_variance, rng))
-        reconstruction = reconstruction + reach * image_nll(decoded, x, model.spec.likelihood)
-        kl_nodes = kl_nodes + reach * kl_normal(q_mean, q_variance, p_mean, p_variance)
+    p_logit = model.prior_logit(node, z)
+    if q_logit is None:
+        q_logit = model.posterior_logit(node, frozen.feature)
+    left, right = model.topology.children(node)
+    assert left is not None
+    assert right is not None
+    children = (left, right)
+    z, feature = (stacked.batch_last(t)[None] for t in (z, frozen.child_feature))  # one parent, one feature for both
+    p_mean, p_variance = stacked.transformations(model.networks(children, "transformation"), z)
+    q_mean, q_variance = merge(*stacked.denses(model.networks(children, "dense"), feature), p_mean, p_variance)
+    kl = kl_normal(q_mean, q_variance, p_mean, p_variance, dims=(1, 2, 3))  # [2, B]
+    reach = frozen.reach * torch.stack([q_logit.sigmoid(), (-q_logit).sigmoid()])
+    reconstruction = _reconstruction(model, children, draw(q_mean, q_variance, rng), reach, None, x)
     kl_decisions = frozen.reach * kl_bernoulli(q_logit, p_logit)
-    return Elbo(reconstruction, torch.zeros_like(reconstruction), kl_nodes, kl_decisions)
+    return Elbo(reconstruction, torch.zeros_like(reconstruction), (reach * kl).sum(0), kl_decisions)

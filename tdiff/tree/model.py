@@ -10,15 +10,17 @@ H image size, C feature channels, D latent channels, r feature size.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdiff.tree import stacked
+from tdiff.tree.contrastive import ProjectionHeads
 from tdiff.tree.layers import ENCODERS, ConvBlock, GaussianHeads, Router, SlotBatchNorm, Transformation
 from tdiff.tree.topology import Topology
 
@@ -36,6 +38,8 @@ class TreeSpec:
     feature_channels: int = 32
     size: int = 2
     residual: bool = False
+    projections: bool = False
+    """Whether the features have heads for the contrastive term."""
 
     @property
     def max_depth(self) -> int:
@@ -56,6 +60,55 @@ class Visit(NamedTuple):
     p_logit: Tensor | None
 
 
+class Level(NamedTuple):
+    """Nodes of one depth that took the same number K of rows: what a pass found at all of them."""
+
+    nodes: tuple[int, ...]
+    choosing: tuple[int, ...]  # those of them with two children
+    rows: Tensor | None  # [n, K] which rows of the batch each node took; None: all, in order
+    z: Tensor  # [n, D, r, r, K], and so the moments; batch last, as `tdiff.tree.stacked` says
+    q_mean: Tensor
+    q_variance: Tensor
+    p_mean: Tensor | None
+    p_variance: Tensor | None
+    reach: Tensor  # [n, K]
+    q_logit: Tensor  # [choosing, K]
+    p_logit: Tensor
+
+
+class Walk(Mapping[int, Visit]):
+    """A pass through the tree: the visit to every node by its id, breadth first; and all of it as `levels`.
+
+    reach, q_logits: of all samples at all nodes, and at all nodes with a choice, breadth first. With a reach
+    threshold a node's visit has the rows `levels` names, and `reach` is that after dropping.
+    """
+
+    def __init__(self, topology: Topology, levels: list[Level], reach: Tensor, q_logits: Tensor):
+        self.levels = levels
+        self.reach = reach  # [N, B]
+        self.q_logits = q_logits  # [R, B]
+        places = {node: (level, k) for level in levels for k, node in enumerate(level.nodes)}
+        self._places = {node: places[node] for node in topology.top_down}
+
+    def __getitem__(self, node: int) -> Visit:
+        level, k = self._places[node]
+        z, q_mean, q_variance = (stacked.batch_first(x[k]) for x in (level.z, level.q_mean, level.q_variance))
+        p_mean, p_variance = (
+            None if x is None else stacked.batch_first(x[k]) for x in (level.p_mean, level.p_variance)
+        )
+        q_logit = p_logit = None
+        if node in level.choosing:
+            choice = level.choosing.index(node)
+            q_logit, p_logit = level.q_logit[choice], level.p_logit[choice]
+        return Visit(z, q_mean, q_variance, p_mean, p_variance, level.reach[k], q_logit, p_logit)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Path(NamedTuple):
     """Latents along one root-to-leaf path per sample, padded at the end to the tree's depth."""
 
@@ -63,6 +116,28 @@ class Path(NamedTuple):
     nodes: Tensor  # [B, P] breadth-first position of each node; -1 where padded
     leaf: Tensor  # [B] index of the leaf, left to right
     reach: Tensor  # [B, L] probability of every leaf
+
+
+class _Routes(NamedTuple):
+    """Where the samples of a pass go, before any latent is drawn."""
+
+    features: list[Tensor]  # of every depth, [C, r, r, B]
+    logits: Tensor  # [R, B] of the posterior, breadth first
+    reach: Tensor  # [N, B], breadth first
+    score: Tensor | None  # [N, B], which samples a node takes first; None: all nodes take all
+
+
+def pick(x: Tensor, places: Sequence[int]) -> Tensor:
+    """x[places] along the first dimension, x itself where that is all of it in order."""
+    return (
+        x
+        if list(places) == list(range(len(x)))
+        else x.index_select(0, torch.tensor(places, dtype=torch.long, device=x.device))
+    )
+
+
+FEWEST_ROWS = 32
+"""Rows that every node takes at least where a reach threshold leaves rows out: its batch norms need some."""
 
 
 def draw(mean: Tensor, variance: Tensor, rng: torch.Generator | None) -> Tensor:
@@ -90,6 +165,8 @@ class TreeVAE(nn.Module):
         self.bottom_up = nn.ModuleList(
             ConvBlock(spec.feature_channels, spec.feature_channels, spec.residual) for _ in range(spec.features - 1)
         )
+        heads = ProjectionHeads(spec.features, spec.feature_channels, spec.size) if spec.projections else None
+        self.projections = heads
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             self.nodes[str(node.id)] = self._networks(node.id)
@@ -195,35 +272,136 @@ class TreeVAE(nn.Module):
 
     def routing(self, x: Tensor) -> Tensor:
         """Posterior probability of going left at every node with a choice: [B, R], in the order `topology.deciding`."""
-        depths = self.features(x)
-        tree = self.topology
-        if not tree.deciding:
-            return x.new_zeros(len(x), 0)
-        return torch.stack([self.posterior_logit(i, depths[tree[i].depth]).sigmoid() for i in tree.deciding], 1)
+        logits = torch.cat(self._posterior_logits([stacked.batch_last(d) for d in self.features(x)]))
+        order = [self.topology.choosing.index(node) for node in self.topology.deciding]
+        return pick(logits, order).T.sigmoid()
 
-    def walk(self, x: Tensor, rng: torch.Generator | None = None) -> dict[int, Visit]:
-        """One posterior sample at every node, with its prior, posterior and routing, for [B, I, H, H] images."""
-        depths, tree = self.features(x), self.topology
-        visits: dict[int, Visit] = {}
-        reach = {0: x.new_ones(len(x))}
-        for node in tree.top_down:
-            feature, parent = depths[tree[node].depth], tree[node].parent
-            q_mean, q_variance = self.dense(node, feature)
-            p_mean = p_variance = None
-            if parent is not None:
-                p_mean, p_variance = self.transformation(node, visits[parent].z)
-                q_mean, q_variance = merge(q_mean, q_variance, p_mean, p_variance)
-            z = draw(q_mean, q_variance, rng)
-            q_logit = p_logit = None
-            left, right = tree.children(node)
-            if left is not None and right is not None:
-                q_logit, p_logit = self.posterior_logit(node, feature), self.prior_logit(node, z)
-                reach[left] = reach[node] * q_logit.sigmoid()
-                reach[right] = reach[node] * (-q_logit).sigmoid()
-            elif (only := left if left is not None else right) is not None:
-                reach[only] = reach[node]
-            visits[node] = Visit(z, q_mean, q_variance, p_mean, p_variance, reach[node], q_logit, p_logit)
-        return visits
+    def walk(
+        self,
+        x: Tensor,
+        rng: torch.Generator | None = None,
+        reach_threshold: float = 0.0,
+        features: Sequence[Tensor] | None = None,
+    ) -> Walk:
+        """One posterior sample at every node, with its prior, posterior and routing, for [B, I, H, H] images.
+
+        features: what `self.features(x)` gave, if that is known already.
+
+        The nodes of one depth pass together. The noise is drawn depth by depth, for [nodes, D, r, r, B].
+
+        `reach_threshold` > 0 leaves those samples out of a node that come to it with less, so that the cost follows the
+        leaves that a sample really visits; 0 is exact. What that changes:
+
+        - All samples still pass the routers of the posterior, which is cheap: their batch norms see what they see in
+          the exact pass, and routing means the same.
+        - Of two children the less probable one is dropped where its reach is below the threshold, and the sample goes
+          to the other for certain. So reach still sums to 1 over the leaves: a loss with terms merely left out would
+          pay the routers for sending samples where nothing is counted.
+        - The other networks of a node take K rows: the samples that reach it and, to fill up, those that came nearest
+          to it. K is the next power of two, at least `FEWEST_ROWS`. Fillers have reach 0 and add nothing to any term,
+          but they keep the batch norms of a node with three samples from being noise. Those statistics are thus of the
+          samples that count and a few like them, no longer of the whole slot, most of which weighs nothing there.
+        """
+        tree = self.topology
+        chain = [stacked.batch_last(d) for d in features or self.features(x)]  # [C, r, r, B] each
+        logits = self._posterior_logits(chain)
+        reach = self._reach(logits, len(x), reach_threshold)
+        score, take = None, dict.fromkeys(tree.top_down, len(x))
+        if reach_threshold > 0:
+            with torch.no_grad():
+                # Who reaches a node comes before who does not, and among those who do not the nearest.
+                score = torch.where(reach > 0, 1 + reach, self._reach(logits, len(x), 0.0))
+            # The one thing here that a GPU has to be waited for.
+            for node, count in zip(tree.top_down, (reach > 0).sum(1).tolist(), strict=True):
+                take[node] = min(len(x), max(FEWEST_ROWS, 1 << (count - 1).bit_length()))
+        routes = _Routes(chain, torch.cat(logits), reach, score)
+        levels = [self._visit((0,), len(x), None, routes, rng)]
+        for parents in levels:  # grows while it is gone through
+            children = [child for node in parents.nodes for child in tree.children(node) if child is not None]
+            for rows in sorted({take[child] for child in children}, reverse=True):
+                nodes = tuple(child for child in children if take[child] == rows)
+                levels.append(self._visit(nodes, rows, parents, routes, rng))
+        return Walk(tree, levels, routes.reach, routes.logits)
+
+    def _posterior_logits(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of going left at the nodes with a choice, for every depth [R of the depth, B]: all samples at all."""
+        logits = []
+        for feature, nodes in zip(features, self.topology.levels, strict=False):
+            choosing = [node for node in nodes if node in self.topology.choosing]
+            logits.append(
+                stacked.routers(self.networks(choosing, "posterior_router"), feature[None])
+                if choosing
+                else feature.new_zeros(0, feature.shape[-1])
+            )
+        return logits
+
+    def _reach(self, logits: Sequence[Tensor], batch: int, threshold: float) -> Tensor:
+        """Reach [N, B] of all nodes, breadth first, from the logits of every depth; less than the threshold is 0."""
+        tree = self.topology
+        one = logits[0].new_ones(1, batch)
+        reach = [one]
+        for logit, nodes, below in zip(logits, tree.levels, tree.levels[1:], strict=False):
+            choosing = [node for node in nodes if node in tree.choosing]
+            left, right = logit.sigmoid(), (-logit).sigmoid()  # [R of the depth, B]
+            if threshold > 0:
+                here = pick(reach[-1], [nodes.index(node) for node in choosing])
+                no_left, no_right = (here * left < threshold) & (left < right), (here * right < threshold)
+                no_right = no_right & (right <= left)
+                left = left.masked_fill(no_left, 0).masked_fill(no_right, 1)
+                right = right.masked_fill(no_right, 0).masked_fill(no_left, 1)
+            ways, way, parent = torch.cat([left, right, one]), [], []  # the last one: where there is no choice
+            for child in below:
+                above = tree[child].parent
+                assert above is not None
+                side = 0 if tree[child].side == "left" else len(choosing)
+                way.append(choosing.index(above) + side if above in choosing else 2 * len(choosing))
+                parent.append(nodes.index(above))
+            reach.append(pick(reach[-1], parent) * pick(ways, way))
+        return torch.cat(reach)
+
+    def _visit(
+        self, nodes: tuple[int, ...], count: int, parents: Level | None, routes: _Routes, rng: torch.Generator | None
+    ) -> Level:
+        """Visits nodes of one depth, all of them children of `parents`, with `count` rows each."""
+        tree = self.topology
+        choosing = tuple(node for node in nodes if node in tree.choosing)
+        places = [nodes.index(node) for node in choosing]
+        reach = pick(routes.reach, [tree.top_down.index(node) for node in nodes])  # [n, B]
+        q_logit = pick(routes.logits, [tree.choosing.index(node) for node in choosing])
+        feature, rows = routes.features[tree[nodes[0]].depth][None], None  # [1, C, r, r, B], one for all nodes
+        z_parent = p_mean = p_variance = None
+        if parents is not None:
+            above = [parents.nodes.index(self._parent(node)) for node in nodes]
+            z_parent, rows = pick(parents.z, above), None if parents.rows is None else pick(parents.rows, above)
+            if routes.score is not None and count < z_parent.shape[-1]:
+                score = pick(routes.score, [tree.top_down.index(node) for node in nodes])
+                best = (score if rows is None else score.gather(1, rows)).topk(count).indices  # [n, K] of parents' rows
+                rows = best if rows is None else rows.gather(1, best)
+                z_parent = z_parent.gather(-1, best[:, None, None, None].expand(*z_parent.shape[:-1], count))
+        if rows is not None:
+            reach = reach.gather(1, rows)
+            q_logit = q_logit.gather(1, pick(rows, places))
+            shape = feature.shape[1:-1]
+            feature = feature[0].flatten(0, 2).T.index_select(0, rows.flatten())  # [n K, C r r]
+            feature = feature.unflatten(0, rows.shape).transpose(1, 2).unflatten(1, shape)  # [n, C, r, r, K]
+        q_mean, q_variance = stacked.denses(self.networks(nodes, "dense"), feature)
+        if z_parent is not None:
+            p_mean, p_variance = stacked.transformations(self.networks(nodes, "transformation"), z_parent)
+            q_mean, q_variance = merge(q_mean, q_variance, p_mean, p_variance)
+        z = draw(q_mean, q_variance, rng)
+        p_logit = q_logit
+        if choosing:
+            p_logit = stacked.routers(self.networks(choosing, "prior_router"), pick(z, places))
+        return Level(nodes, choosing, rows, z, q_mean, q_variance, p_mean, p_variance, reach, q_logit, p_logit)
+
+    def _parent(self, node: int) -> int:
+        parent = self.topology[node].parent
+        assert parent is not None
+        return parent
+
+    def networks(self, nodes: Iterable[int], name: str) -> list[Any]:
+        """The networks of one name, such as `decoder`, of several nodes."""
+        return [self._network(node, name) for node in nodes]
 
     # --- generation ----------------------------------------------------------------------------
 
@@ -249,6 +427,13 @@ class TreeVAE(nn.Module):
             visits[node] = Visit(z, mean, variance, None, None, reach[node], None, logit)
         return visits
 
+    def decoded_together(self, leaves: Sequence[int], z: Tensor) -> Tensor:
+        """The same for several leaves, [n, D, r, r, B] -> [B, n, I, H, H]."""
+        decoders = self.networks(leaves, "decoder")
+        y = z.permute(4, 0, 1, 2, 3).flatten(1, 2)  # [B, n D, r, r]
+        images: Tensor = type(decoders[0]).stacked(decoders, y)
+        return images.view(len(images), len(leaves), -1, *images.shape[2:])
+
     def decoded(self, leaf: int, z: Tensor) -> Tensor:
         """[B, D, r, r] at leaf id `leaf` -> logits (Bernoulli) or means (Gaussian), [B, I, H, H]."""
         image: Tensor = self._network(leaf, "decoder")(z)
@@ -259,7 +444,7 @@ class TreeVAE(nn.Module):
         image = self.decoded(leaf, z)
         return image.sigmoid() if self.spec.likelihood == "bernoulli" else image.clamp(0, 1)
 
-    def path(self, visits: dict[int, Visit], rng: torch.Generator | None = None, leaf: Tensor | None = None) -> Path:
+    def path(self, visits: Mapping[int, Visit], rng: torch.Generator | None = None, leaf: Tensor | None = None) -> Path:
         """Latents along one path per sample: to `leaf` [B] (indices), or to leaves drawn by the visits' reach."""
         tree = self.topology
         reach = torch.stack([visits[i].reach for i in tree.leaves], 1)  # [B, L]
@@ -275,7 +460,7 @@ class TreeVAE(nn.Module):
         rows = torch.arange(len(leaf), device=reach.device)[:, None]
         return Path(latents[rows, nodes.clamp_min(0)], nodes, leaf, reach)
 
-    def leaf_images(self, visits: dict[int, Visit]) -> Tensor:
+    def leaf_images(self, visits: Mapping[int, Visit]) -> Tensor:
         """Every leaf's reconstruction, [B, L, I, H, H]."""
         return torch.stack([self.image(leaf, visits[leaf].z) for leaf in self.topology.leaves], 1)
 
@@ -314,10 +499,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def image_nll(decoded: Tensor, x: Tensor, likelihood: str) -> Tensor:
-    """Negative log-likelihood of images [B, I, H, H], summed over pixels: [B].
+    """Negative log-likelihood of images [..., I, H, H], summed over pixels: [...].
 
     Bernoulli: binary cross entropy with logits. Gaussian: squared error, without the 1/2 (public code).
     """
     if likelihood == "bernoulli":
-        return F.binary_cross_entropy_with_logits(decoded, x, reduction="none").flatten(1).sum(1)
-    return (x - decoded).square().flatten(1).sum(1)
+        return F.binary_cross_entropy_with_logits(decoded, x, reduction="none").flatten(-3).sum(-1)
+    return (x - decoded).square().flatten(-3).sum(-1)

@@ -96,19 +96,28 @@ class Topology:
         """Ids of the nodes with two children: those that have routers."""
         return tuple(node for node in self.inner if None not in self.children(node))
 
+    @cached_property
+    def choosing(self) -> tuple[int, ...]:
+        """The same breadth first."""
+        return tuple(node for node in self.top_down if node in self.deciding)
+
     def path(self, node: int) -> tuple[int, ...]:
         """Ids from the root to `node`, both included."""
         parent = self[node].parent
         return (node,) if parent is None else (*self.path(parent), node)
 
     @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of every depth from the root down, left before right."""
+        levels: list[tuple[int, ...]] = [(0,)]
+        while below := tuple(child for node in levels[-1] for child in self.children(node) if child is not None):
+            levels.append(below)
+        return tuple(levels)
+
+    @cached_property
     def top_down(self) -> tuple[int, ...]:
         """All ids breadth first, left before right: parents before children."""
-        order, level = [], [0]
-        while level:
-            order += level
-            level = [child for node in level for child in self.children(node) if child is not None]
-        return tuple(order)
+        return tuple(node for level in self.levels for node in level)
 
     @property
     def depth(self) -> int:

@@ -8,6 +8,7 @@ Legend: B batch, L leaves, I image channels, H image size.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
     )
 
 
-def leaf_reconstruction(tree: TreeVAE, visits: dict[int, Visit], leaf: Tensor) -> Tensor:
+def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor) -> Tensor:
     """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1]."""
     images = tree.leaf_images(visits)  # [B, L, I, H, H]
     return images[torch.arange(len(leaf), device=leaf.device), leaf]

@@ -24,14 +24,16 @@ from torch import Tensor, nn
 
 from tdiff import engine, storage
 from tdiff.config import Config
+from tdiff.data.augment import RECIPES, augment, uniforms
 from tdiff.data.order import Order
 from tdiff.data.shards import Manifest
 from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.seeds import seed_of
+from tdiff.tree.contrastive import decision_loss, feature_loss
 from tdiff.tree.growth import effective_leaves, leaf_reach, members, node_reach
 from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
-from tdiff.tree.model import TreeVAE, evaluating, norms
+from tdiff.tree.model import TreeVAE, evaluating, norms, pick
 from tdiff.tree.topology import Topology
 from tdiff.work.reading import as_images, open_split
 
@@ -78,27 +80,41 @@ def load_routing(url: str, split: str) -> NDArray[np.float32]:
 
 
 class TreeObjective(nn.Module):
-    """The whole tree's negative ELBO, with alpha annealed from epoch to epoch."""
+    """The whole tree's negative ELBO, with alpha annealed from epoch to epoch, and the contrastive terms, if any."""
 
-    def __init__(self, model: TreeVAE, alpha: Annealing):
+    def __init__(self, model: TreeVAE, alpha: Annealing, contrastive: float, reach_threshold: float):
         super().__init__()
         self.model = model
         self.alpha = alpha
+        self.contrastive = contrastive
+        self.reach_threshold = reach_threshold
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        visits = self.model.walk(batch["images"], rng)
-        return _weighed(tree_elbo(self.model, visits, batch["images"]), self.alpha(step))
+        images, model = batch["images"], self.model
+        features = model.features(images)
+        walk = model.walk(images, rng, self.reach_threshold, features)
+        terms = {}
+        if self.contrastive:
+            assert model.projections is not None
+            tree = model.topology
+            reach = pick(walk.reach, [tree.top_down.index(node) for node in tree.choosing])
+            terms["contrastive_decisions"] = decision_loss(walk.q_logits.T.sigmoid(), reach.T)
+            terms["contrastive_features"] = feature_loss(model.projections(features))
+        return _weighed(tree_elbo(model, walk, images), self.alpha(step), self.contrastive, terms)
 
 
 class SplitObjective(nn.Module):
-    """What the two new leaves add to it, on features of the frozen rest."""
+    """What the two new leaves add to it, on features of the frozen rest: those of the batch, or computed from its
+    images where those are new each time (augmented views). Of the contrastive terms only that of the new router.
+    """
 
-    def __init__(self, model: TreeVAE, node: int, new: list[nn.Module], alpha: Annealing):
+    def __init__(self, model: TreeVAE, node: int, new: list[nn.Module], alpha: Annealing, contrastive: float):
         super().__init__()
         self.model = model
         self.node = node
         self.new = new
         self.alpha = alpha
+        self.contrastive = contrastive
 
     def train(self, mode: bool = True) -> SplitObjective:
         """The frozen part stays in evaluation mode whoever asks for training mode (DeepSpeed does)."""
@@ -108,8 +124,18 @@ class SplitObjective(nn.Module):
         return self
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        frozen = Frozen(*(batch[name] for name in Frozen._fields))
-        return _weighed(split_elbo(self.model, self.node, frozen, batch["images"], rng), self.alpha(step))
+        images, model = batch["images"], self.model
+        if "reach" in batch:
+            frozen = Frozen(*(batch[name] for name in Frozen._fields))
+        else:
+            with torch.no_grad():
+                frozen = frozen_features(model, self.node, images)
+        q_logit = model.posterior_logit(self.node, frozen.feature)
+        terms = {}
+        if self.contrastive:
+            terms["contrastive_decisions"] = decision_loss(q_logit.sigmoid()[:, None], frozen.reach[:, None])
+        elbo = split_elbo(model, self.node, frozen, images, rng, q_logit)
+        return _weighed(elbo, self.alpha(step), self.contrastive, terms)
 
 
 @dataclass(frozen=True)
@@ -124,9 +150,15 @@ class Annealing:
         return min(1.0, self.start + self.rise * self.order.epoch(step))
 
 
-def _weighed(elbo: Elbo, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _weighed(
+    elbo: Elbo, alpha: float, contrastive: float, pairs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its terms. pairs: the contrastive terms, each weighted by `contrastive`."""
     terms = {name: term.mean() for name, term in elbo._asdict().items()}
-    return elbo.loss(alpha), {**terms, "alpha": terms["kl_root"].new_tensor(alpha)}
+    loss = elbo.loss(alpha)
+    for term in pairs.values():
+        loss = loss + contrastive * term
+    return loss, {**terms, **pairs, "alpha": terms["kl_root"].new_tensor(alpha)}
 
 
 def grow(phase: GrowingPhase, worker: Worker) -> None:
@@ -176,14 +208,33 @@ def _task(
         learning_rate=learning_rate,
         weight_decay=tree.weight_decay,
         checkpoint_images=tree.checkpoint_images,
-        norms=list(norms(model)),
+        norms=list(norms(objective)),
         metrics_url=storage.join(phase.url, "metrics"),
     )
 
 
 def _order(phase: GrowingPhase, counts: list[int]) -> Order:
     tree = phase.config.tree
-    return Order(counts, tree.batch, tree.slots, phase.config.seed, phase.name, phase.config.data.block)
+    return Order(counts, tree.images_per_step, tree.slots, phase.config.seed, phase.name, phase.config.data.block)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Images as they enter training: themselves, or two augmented views of each, all first views before all second."""
+
+    phase: GrowingPhase
+    order: Order
+    device: torch.device
+
+    def __call__(self, step: int, ids: NDArray[np.int64], pixels: NDArray[np.uint8]) -> Tensor:
+        """ids [B] in the data set, their pixels [B, I, H, H] -> [B or 2B, I, H, H] in [0, 1]."""
+        images, config = as_images(pixels).to(self.device), self.phase.config
+        recipe = RECIPES.get(config.tree.augmentation)
+        if recipe is None:
+            return images
+        seed, epoch = config.seed, self.order.epoch(step)
+        drawn = [uniforms(seed, self.phase.name, epoch, view, ids) for view in (0, 1)]
+        return torch.cat([augment(images, recipe, u) for u in drawn])
 
 
 def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
@@ -195,11 +246,12 @@ def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task
     }[phase.kind]
     order = _order(phase, train.counts())
     images = Batches(train, order, epochs * order.steps_per_epoch)
-    objective = TreeObjective(model, Annealing(order, tree.kl_start, rise))
+    objective = TreeObjective(model, Annealing(order, tree.kl_start, rise), tree.contrastive, tree.reach_threshold)
     model.train()
+    views = Views(phase, order, next(model.parameters()).device)
 
     def batch(step: int, slot: int) -> Batch:
-        return {"images": as_images(images(step, slot))}
+        return {"images": views(step, order.positions(step, slot), images(step, slot))}
 
     return _task(phase, order, epochs, objective, batch, model)
 
@@ -210,21 +262,30 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     assert phase.previous is not None
     reach = leaf_reach(model.topology, load_routing(phase.previous, "train"))
     ids = members(reach, model.topology.leaves.index(phase.leaf))
-    images = train.gather(ids)
-    starts = range(0, len(ids), DECISION_BLOCK)
-    with evaluating(model):
-        blocks = [frozen_features(model, phase.leaf, as_images(images[k : k + DECISION_BLOCK])) for k in starts]
-    frozen = Frozen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    order = _order(phase, train.counts(ids))
+    still = tree.augmentation == "none"
+    frozen = _frozen_of(model, phase.leaf, train, ids) if still else None
     new = model.split(phase.leaf, phase.name)
     model.train_only(new)
-    order = _order(phase, train.counts(ids))
-    objective = SplitObjective(model, phase.leaf, new, Annealing(order, tree.kl_start, tree.kl_step))
+    annealing = Annealing(order, tree.kl_start, tree.kl_step)
+    objective = SplitObjective(model, phase.leaf, new, annealing, tree.contrastive)
+    images = Batches(train, order, tree.epochs.split * order.steps_per_epoch, ids)
+    views = Views(phase, order, next(model.parameters()).device)
 
     def batch(step: int, slot: int) -> Batch:
         rows = order.positions(step, slot)
-        return {"images": as_images(images[rows])} | {name: part[rows] for name, part in frozen._asdict().items()}
+        parts = {} if frozen is None else {name: part[rows] for name, part in frozen._asdict().items()}
+        return {"images": views(step, ids[rows], images(step, slot)), **parts}
 
     return _task(phase, order, tree.epochs.split, objective, batch, model)
+
+
+def _frozen_of(model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64]) -> Frozen:
+    """What the frozen part of the tree says of a leaf's members, in fixed blocks; kept in this worker's memory."""
+    with evaluating(model):
+        starts = range(0, len(ids), DECISION_BLOCK)
+        blocks = [frozen_features(model, leaf, as_images(train.gather(ids[k : k + DECISION_BLOCK]))) for k in starts]
+    return Frozen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
 def routing_of(model: TreeVAE, split: Reader, worker: Worker) -> NDArray[np.float32]:
@@ -276,7 +337,7 @@ def check(config: Config, manifest: Manifest) -> None:
     """Raises ValueError, one sentence, where growing on this data could not even begin."""
     samples, (channels, height, width) = manifest.samples("train"), manifest.shape
     tree = config.tree
-    for name, batch in (("tree.batch", tree.batch), ("diffusion.batch", config.diffusion.batch)):
+    for name, batch in (("tree.batch", tree.images_per_step), ("diffusion.batch", config.diffusion.batch)):
         if samples < batch:
             raise ValueError(f"{name}={batch} is more than the {samples} training images: take at most {samples}")
     if height != width:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -35,7 +36,7 @@ from tdiff.diffusion.process import Schedule
 from tdiff.diffusion.samplers import ddim, ddpm, noise_from, quadratic_grid, uniform_grid
 from tdiff.errors import DataError
 from tdiff.seeds import generator
-from tdiff.tree.model import Path, TreeVAE
+from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
 from tdiff.work.reading import as_images
@@ -135,6 +136,7 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
     device = next(tree.parameters()).device
     rng = generator("sample", job.seed, shard, device=device)
     first = shard * job.draws_per_shard
+    visits: Mapping[int, Visit]
     if job.mode.startswith("reconstruct"):
         test = _test_images(job.data_url, job.max_bad_samples)
         rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
