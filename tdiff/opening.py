@@ -21,6 +21,7 @@ from tdiff import launch, storage
 from tdiff.config import Config
 from tdiff.data.known import open_known
 from tdiff.data.shards import Manifest, Shard, read_manifest
+from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
 from tdiff.packing import pack
 from tdiff.runs import Run
@@ -148,6 +149,10 @@ def open_data(config: Config) -> tuple[str, Manifest]:
             # Where two runs start at once, one packs and the other waits.
             pack(source, url, config.data.shard_samples, wait=True)
         manifest = read_manifest(url)
+        for split in manifest.splits:
+            check_shards(url, manifest, split)
+    except storage.StorageError:
+        raise  # says what to do already
     except OSError as error:
         field = f"data.url={config.data.url}" if config.data.url else f"runs={config.runs}"
         raise ConfigError(f"{field} cannot be read or written ({error}): take another folder.") from error

@@ -315,6 +315,7 @@ def _on_s3(url: str, verb: str, operation: Callable[[S3FileSystem, str], T], par
     """
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     if _endpoint():
         # Newer clients send and want checksums that other stores than Amazon's do not know.
@@ -338,18 +339,22 @@ def _on_s3(url: str, verb: str, operation: Callable[[S3FileSystem, str], T], par
 
     try:
         result = tries(attempt)
-    except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, ValueError, EOFError) as error:
-        if not _may_pass(error):
-            _OUTAGES.end(bucket)
-        if isinstance(error, FileNotFoundError):
-            if key and _answer(error)[0] != "NoSuchBucket":
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
-            reason = f"there is no bucket {bucket} at {_store()}; make it, or correct the URL or AWS_ENDPOINT_URL_S3"
-        else:
-            reason = _why(error, bucket, patience)
-        raise StorageError(f"{url} cannot be {verb}: {reason}") from error
-    _OUTAGES.end(bucket)
-    return result
+    except (BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError) as error:
+        failed: Exception = error
+    except (OSError, ValueError, EOFError, KeyError) as error:  # KeyError: s3fs, of an answer that lacks something
+        failed = error
+    else:
+        _OUTAGES.end(bucket)
+        return result
+    if not _may_pass(failed):
+        _OUTAGES.end(bucket)
+    if isinstance(failed, FileNotFoundError):
+        if key and _answer(failed)[0] != "NoSuchBucket":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from failed
+        reason = f"there is no bucket {bucket} at {_store()}; make it, or correct the URL or AWS_ENDPOINT_URL_S3"
+    else:
+        reason = _why(failed, bucket, patience)
+    raise StorageError(f"{url} cannot be {verb}: {reason}") from failed
 
 
 @lru_cache(maxsize=1)
@@ -461,7 +466,10 @@ def _why(error: Exception, bucket: str, patience: float) -> str:
 def _reason(error: Exception) -> str:
     """An error in one line of at most 200 characters."""
     code, _ = _answer(error)
-    text = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, KeyError):
+        text = f"its answer lacks {text}"
+    text = " ".join(text.split()).rstrip(". ") or type(error).__name__
     return (text if not code or code in text or code.isdigit() else f"{code}: {text}")[:200]
 
 

@@ -150,7 +150,7 @@ def test_a_byte_that_changes_is_noticed(tmp_path_factory: pytest.TempPathFactory
     content[at] = data.draw(st.sampled_from([content[at] ^ 1, content[at] ^ 128, 0, ord("F"), ord("I"), ord("1")]))
     only_file(root).write_bytes(content)
     found = cache.read("shard")
-    assert found is None or same(found, kept)
+    assert same(found, kept) or (found is None and not below(root))
 
 
 def test_labels_of_another_type_are_not_taken_for_these(tmp_path: Path):
@@ -331,7 +331,9 @@ print(sum(file in Path("/proc/self/maps").read_text() for file in map(str, Path(
     assert labels is not None
     right = hashlib.sha256(made.images.tobytes() + labels.tobytes()).hexdigest()
     for process in together(script, [[made.url, str(root)]] * 2):
-        assert finish(process).split() == [right, right, right, "8"]  # and the last four as they were read
+        *images, mapped = finish(process).split()
+        assert images == [right] * 3
+        assert int(mapped) >= 8  # of what it decoded itself it may keep the last four as they were
     assert len(below(root)) == 12
     pixels = made.images.nbytes + labels.nbytes
     assert pixels < taken(root) < pixels + 12 * EMPTY
@@ -454,8 +456,9 @@ def test_a_disk_that_may_no_longer_be_written_is_told_and_costs_only_time(disk: 
     with caplog.at_level(logging.WARNING):
         assert same(cache.read("good"), tensors())
         assert cache.read("damaged") is None
-        assert not cache.write("damaged", tensors())
-    assert "cannot be written" in caplog.text
+        for _ in range(2):
+            assert not cache.write("damaged", tensors())
+    assert caplog.text.count("cannot be written") == 1
     with pytest.raises(ConfigError, match=rf"data\.cache={disk} cannot be used .*: take another folder"):
         Cache(disk, "other", PLENTY)
 

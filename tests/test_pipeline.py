@@ -411,6 +411,18 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path):
     assert f"{folder}/manifest.json is damaged" in message
 
 
+def test_a_shard_that_is_missing_or_cut_is_refused_before_any_worker(tmp_path: Path):
+    folder = data_at(tmp_path)
+    shard = sorted((folder / "train").glob("*.tar"))[-1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-512])
+    message = refused(here(tmp_path, f"data.url={folder}"))
+    assert f"train/{shard.name} is damaged" in message
+    shard.unlink()
+    message = refused(here(tmp_path, f"data.url={folder}"))
+    assert f"train/{shard.name} is missing" in message
+
+
 def test_data_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     url = tmp_path / "file" / "data"
