@@ -5,8 +5,8 @@ shuffled batches of 256, each variant in a process of its own that is held to on
 
     ours      tdiff.data.stream: the first epoch (shards read, checked, decoded), later ones (from the decoded cache)
     wds       plain wds.WebDataset + DataLoader over the same shards
-    mosaicml  mosaicml-streaming over its own format (PNG as well), in a venv of its own; skipped, with the reason, if it
-              cannot be installed
+    mosaicml  mosaicml-streaming over its own format (PNG as well), in a venv of its own; skipped, with the
+              reason, if it cannot be installed
 
 from the local disk and from an S3 server (rclone, on the other core). Then the memory that a set ten times larger than
 the cache takes, epoch by epoch. With --run RUN also the share of a run's steps that waited for data. Medians over

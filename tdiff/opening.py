@@ -149,8 +149,6 @@ def open_data(config: Config) -> tuple[str, Manifest]:
             # Where two runs start at once, one packs and the other waits.
             pack(source, url, config.data.shard_samples, wait=True)
         manifest = read_manifest(url)
-        for split in manifest.splits:
-            check_shards(url, manifest, split)
     except storage.StorageError:
         raise  # says what to do already
     except OSError as error:
@@ -159,6 +157,8 @@ def open_data(config: Config) -> tuple[str, Manifest]:
     if not manifest.splits.get("train"):
         raise DataError(f"{url} has no split named train")
     check_size(config, manifest.name, manifest.samples("train"), manifest.shape)
+    for split in manifest.splits:
+        check_shards(url, manifest, split)
     return url, manifest
 
 

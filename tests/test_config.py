@@ -99,7 +99,8 @@ def base(name: str) -> Config:
 
 def changed(name: str, value: Any) -> Config:
     """The same with one setting changed."""
-    return load(None, [*NEEDS.get(name, []), f"{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...').strip()}"])
+    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...").strip()
+    return load(None, [*NEEDS.get(name, []), f"{name}={text}"])
 
 
 def problem(*overrides: str, path: Path | str | None = None) -> str:
