@@ -412,7 +412,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path):
 
 
 def test_a_shard_that_is_missing_or_cut_is_refused_before_any_worker(tmp_path: Path):
-    folder = data_at(tmp_path)
+    folder = data_at(tmp_path, 200)
     shard = sorted((folder / "train").glob("*.tar"))[-1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-512])
