@@ -450,3 +450,41 @@ def test_the_help_of_names_that_scripts_rely_on():
 def test_the_tree_gets_its_shape_from_the_config_and_the_data():
     spec = load(None, ["tree.latent_channels=4", "tree.size=4", "tree.encoder=cnn2"]).tree_spec(3, 32)
     assert (spec.channels, spec.image_size, spec.latent_channels, spec.size, spec.encoder) == (3, 32, 4, 4, "cnn2")
+
+
+# --- the files in configs/ ---------------------------------------------------------------------------
+
+SHAPES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "celeba": (3, 64), "cubicc": (3, 64)}
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda file: file.stem
+)
+def test_every_config_fits_its_data_set(file: Path):
+    config = load(str(file))
+    assert config.data.name == file.stem
+    channels, size = SHAPES.get(file.stem, (1, 8))
+    tree, unet = config.tree_spec(channels, size), config.unet_spec(channels, size)
+    assert (tree.likelihood == "bernoulli") == (channels == 1)
+    assert tree.projections == (config.tree.contrastive > 0) == (channels == 3)
+    assert unet.channels == channels
+
+
+@pytest.mark.parametrize(
+    ("stem", "epochs", "kl", "batch", "latent"),
+    [
+        ("mnist", (150, 150, 80, 200), (0, 0.001), 256, (2, 16, 32)),
+        ("fashion-mnist", (150, 150, 80, 200), (0.5, 0.001), 256, (2, 16, 32)),
+        ("cifar10", (150, 150, 0, 0), (0.01, 0.01), 256, (4, 64, 128)),
+        ("celeba", (35, 35, 0, 0), (0.01, 0.01), 128, (4, 64, 128)),
+        ("cubicc", (150, 150, 0, 0), (0.01, 0.01), 128, (4, 64, 128)),
+    ],
+)
+def test_the_papers_values(stem: str, epochs: tuple, kl: tuple, batch: int, latent: tuple):
+    """The table of METHOD.md (public configs)."""
+    tree = load(str(Path(__file__).parent.parent / "configs" / f"{stem}.yaml")).tree
+    assert tuple(tree.epochs.model_dump().values()) == epochs
+    assert (tree.kl_start, tree.kl_step, tree.batch, tree.slots) == (*kl, batch, 1)
+    assert (tree.size, tree.latent_channels, tree.feature_channels) == latent
+    assert (tree.max_leaves, tree.features) == (10, 7)
+    assert tree.contrastive == (100 if latent[0] == 4 else 0)
