@@ -88,7 +88,7 @@ class Reference:
         """Logits or means of the image: maps grow by repeating places, before each conv."""
         plain = self.spec.encoder == "cnn1"
         if plain:
-            sizes = stage_sizes(self.spec.image_size, self.spec.size)[-2::-1]
+            *sizes, last = stage_sizes(self.spec.image_size, self.spec.size)[-2::-1]
         else:
             sizes = residual_widths(self.spec.image_size, self.spec.feature_channels, self.spec.size)[0][::-1]
             z = self.conv(z, f"{name}.stem")
@@ -98,6 +98,10 @@ class Reference:
                 z = F.silu(self.norm(self.conv(z, f"{name}.stages.{k}.0"), f"{name}.stages.{k}.1"))
             else:
                 z = self.residual_block(z, f"{name}.blocks.{k}")
+        if plain and last == 2 * z.shape[-1]:
+            return F.pixel_shuffle(self.conv(z, f"{name}.image"), 2)
+        if plain and last != z.shape[-1]:
+            z = F.interpolate(z, size=(last, last))
         return self.conv(z if plain else F.silu(z), f"{name}.image")
 
     # --- the model -----------------------------------------------------------------------------

@@ -4,12 +4,14 @@ damages it or fills the disk; it never takes more room than it may, and never to
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -415,6 +417,22 @@ for trial in range(25):
         aged(file, 2 * FORGOTTEN)
     cache.write("last", tensors())
     assert {file.suffix for file in below(tmp_path)} == {".safetensors"}
+
+
+def test_only_one_at_a_time_counts_opens_or_writes(tmp_path: Path):
+    """Whoever holds the lock, even with others, keeps them waiting."""
+    cache = Cache(tmp_path, "set", PLENTY)
+    for act in (lambda: Cache(tmp_path, "new", PLENTY), lambda: cache.write("shard", tensors())):
+        with (tmp_path / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            thread = threading.Thread(target=act)
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+            assert not below(tmp_path)
+        thread.join(20)
+        assert not thread.is_alive()
+    assert same(cache.read("shard"), tensors())
 
 
 # --- a disk that fails -------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from making import CLASSES, DataSet, make_set, picture, png_of, shard_name, shard_of, tar_of, write_set
 
+from tdiff import storage
 from tdiff.data.order import Order
-from tdiff.data.stream import Batches, Reader, check_shards, read_split
+from tdiff.data.stream import AHEAD, Batches, Reader, check_shards, read_split
 from tdiff.errors import DataError
 
 PHASE = "00-root"
@@ -135,6 +136,53 @@ def test_ids_are_counted_by_shard(noise: DataSet, chosen: list[bool]):
     assert reader.counts() == sizes
     ids = np.flatnonzero(chosen)
     assert reader.counts(ids) == np.bincount(np.repeat(np.arange(8), sizes)[ids], minlength=8).tolist()
+
+
+def test_a_shard_that_is_wanted_again_soon_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = make_set(tmp_path, [2] * 6)
+    read: list[int] = []
+
+    def read_bytes(url: str) -> bytes:
+        read.append(int(url[-10:-4]))
+        return Path(url).read_bytes()
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    reader = reader_of(made)
+    reader.gather(np.array([0, 7, 2, 1, 4, 6, 3, 0]))  # in any order, every shard once
+    assert sorted(read) == [0, 1, 2, 3]
+    for ids in ([0], [2], [4], [6], [0]):
+        reader.gather(np.array(ids))
+    assert len(read) == 4
+    for ids in ([8], [10], [0]):  # 0 was used since 1 and 2 were
+        reader.gather(np.array(ids))
+    assert sorted(read) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.timeout(60)
+def test_few_shards_are_read_ahead_of_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or a gather from many shards would have all of them in memory."""
+    made = make_set(tmp_path, [1] * 20)
+    read: list[str] = []
+    slow = threading.Event()
+
+    def read_bytes(url: str) -> bytes:
+        if url.endswith(shard_name(0)):
+            slow.wait(30)
+        else:
+            read.append(url)
+        return Path(url).read_bytes()
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    counted: list[int] = []
+    thread = threading.Thread(target=lambda: counted.append(len(reader_of(made).gather(np.arange(20)))))
+    thread.start()
+    time.sleep(0.5)
+    ahead = len(read)
+    slow.set()
+    thread.join()
+    assert counted == [20]
+    assert len(read) == 19
+    assert ahead <= AHEAD
 
 
 # --- blocks in the manifest's order ------------------------------------------------------------------
@@ -264,6 +312,9 @@ def test_listing_finds_what_is_missing_or_of_another_size(small: DataSet):
     small.shard(1).write_bytes(content)
     changed = check_shards(small.url, small.manifest, "train")
     assert {name for name in versions if changed[name] != versions[name]} == {shard_name(1)}
+    for length in (-512, None):
+        small.shard(1).write_bytes((content + b"\0" * (length is None))[:length])
+        refused(lambda: check_shards(small.url, small.manifest, "train"), small.url, shard_name(1), "is damaged (")
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -369,7 +420,9 @@ def test_an_image_that_does_not_fit_the_manifest_is_named_with_its_key(tmp_path:
             tmp_path, [tar_of([("good.png", picture()), ("good.cls", b"0"), *members])], [2], (1, 5, 5)
         )
         manifest = replace(manifest, classes=classes)
-        return refused(Reader(str(tmp_path), manifest, "train").all, shard_name(0))
+        found = refused(Reader(str(tmp_path), manifest, "train").all, shard_name(0))
+        assert "is damaged" not in found  # packing it again would not help
+        return found
 
     assert "key bad: image is L 5x6, but should be (1, 5, 5)" in message(("bad.png", picture(size=(6, 5))))
     assert "key bad: image is RGB 5x5" in message(("bad.png", picture("RGB")))
@@ -439,17 +492,18 @@ def test_a_cache_without_room_changes_no_image(noise: DataSet, tmp_path: Path):
 
 
 def with_bad_images(folder: Path, bad: dict[int, set[int]], sealed: bool = True) -> DataSet:
-    """Three shards of four images; bad: shard -> which of its images are damaged, in the manifest's eyes or not."""
-    made = make_set(folder, [4, 4, 4])
+    """Six shards of four images, more than a reader has at hand. bad: shard -> its damaged images; sealed: the manifest
+    was made of them as they are."""
+    made = make_set(folder, [4] * 6)
     contents = []
-    for k in range(3):
+    for k in range(6):
         content = made.shard(k).read_bytes()
         for i in bad.get(k, set()):
             at = content.index(b"IDAT", content.index(f"key-{4 * k + i}.png".encode())) + 4
             content = content[:at] + b"\xff\xff" + content[at + 2 :]
         contents.append(content)
     if sealed:
-        return replace(made, manifest=write_set(folder, contents, [4, 4, 4], (1, 5, 5)))
+        return replace(made, manifest=write_set(folder, contents, [4] * 6, (1, 5, 5)))
     for k, content in enumerate(contents):
         made.shard(k).write_bytes(content)
     return made
@@ -461,7 +515,7 @@ def test_damaged_images_within_the_limit_are_counted_told_once_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, sealed: bool, cached: bool
 ):
     made = with_bad_images(tmp_path / "set", {0: {1}, 2: {3, 0}}, sealed)
-    taken = np.array([0, 0, 2, 3, 4, 5, 6, 7, 9, 9, 10, 10])
+    taken = np.array([0, 0, 2, 3, 4, 5, 6, 7, 9, 9, 10, 10, *range(12, 24)])
     for _ in range(2):  # a second reader tells it too
         caplog.clear()
         reader = reader_of(made, tmp_path / "cache" if cached else None, bad=3)
@@ -471,7 +525,7 @@ def test_damaged_images_within_the_limit_are_counted_told_once_and_replaced(
                 np.testing.assert_array_equal(found.images, made.images[taken])
                 assert made.labels is not None
                 np.testing.assert_array_equal(found.labels, made.labels[taken])  # type: ignore[arg-type]
-                reader.gather(np.arange(12))
+                reader.gather(np.arange(24))
         assert len(reader.bad) == 3
         told = Counter(record.message.split(": ")[2].removeprefix("shard ") for record in caplog.records)
         assert sorted(record.message.split(", key ")[1].split(":")[0] for record in caplog.records) == [
@@ -493,7 +547,7 @@ def test_one_damaged_image_too_many_is_an_error_and_stays_one(tmp_path: Path, se
         # Both shards: which of them is one too many depends on the threads.
         refused(lambda: reader.gather(np.arange(8)), "data.max_bad_samples=3 allows no more")
     refused(reader_of(made, bad=0).all, shard_name(0), "key key-1: ")
-    assert len(reader_of(made, bad=4).all()) == 12
+    assert len(reader_of(made, bad=4).all()) == 24
 
 
 def test_a_limit_does_not_excuse_what_is_no_damaged_image(small: DataSet):
@@ -501,6 +555,13 @@ def test_a_limit_does_not_excuse_what_is_no_damaged_image(small: DataSet):
     for damage in ("flipped in a header", "cut in an image", "longer", "zeros", "garbage", "flipped at the end"):
         small.shard(1).write_bytes(DAMAGE[damage](content))
         refused(lambda: reader_of(small, bad=100).all(), shard_name(1), "damaged")
+
+
+def test_a_limit_does_not_excuse_a_shard_that_grew_though_an_image_in_it_is_damaged(tmp_path: Path):
+    made = with_bad_images(tmp_path, {1: {0}})
+    reader = reader_of(made, bad=100)
+    made.shard(1).write_bytes(made.shard(1).read_bytes() + b"\0" * 512)
+    refused(reader.all, shard_name(1), "is damaged (")
 
 
 def test_a_shard_without_an_intact_image_is_an_error_whatever_the_limit(tmp_path: Path):

@@ -315,7 +315,7 @@ def lively(spec: TreeSpec, topology: Topology) -> TreeVAE:
     tree = TreeVAE(spec, topology).double().train()
     with torch.no_grad():
         for router in (m for m in tree.modules() if isinstance(m, Router)):
-            router.layers[-1].weight.mul_(5)
+            router.layers[-1].weight.mul_(10)
         x = pictures(spec, 64)
         tree_elbo(tree, tree.walk(x), x)
         for norm in norms(tree):

@@ -206,17 +206,19 @@ class PlainEncoder(nn.Module):
 class PlainDecoder(nn.Module):
     """Mirror of `cnn1`: [B, D, r, r] -> logits or means of the image, [B, I, H, H].
 
-    A stage doubles its map by repeating every place, then convolves: that is four small convs on the map as it was, one
-    for each of the four places that a place becomes (`repeated`). They are computed as one conv with four times the
-    channels, which takes 4/9 of the multiplications and, with channels to fill a vector, half the time on a CPU.
+    Where the last stage doubles the map, every place has a conv of its own for each of the four it becomes: the mirror
+    of a conv with stride 2. The stages before it repeat places and then convolve, which is four convs on the map as it
+    was that share weights (`repeated`): so they take 4/9 of the multiplications and, with channels to fill a vector,
+    half the time on a CPU.
     """
 
     def __init__(self, latent: int, channels: int, image_size: int, features: int, size: int):
         super().__init__()
-        self.sizes = stage_sizes(image_size, size)[-2::-1]
-        widths = [latent, max(features // 2, 8), max(features // 4, 8), max(features // 4, 8)]
-        self.stages = nn.ModuleList(conv_bn_silu(widths[i], widths[i + 1]) for i in range(3))
-        self.image = conv3x3(widths[-1], channels)
+        *self.sizes, self.image_size = stage_sizes(image_size, size)[-2::-1]
+        widths = [latent, max(features // 2, 8), max(features // 4, 8)]
+        self.stages = nn.ModuleList(conv_bn_silu(widths[i], widths[i + 1]) for i in range(2))
+        self.parts = 4 if image_size == 2 * self.sizes[-1] else 1
+        self.image = conv3x3(widths[-1], channels * self.parts)
 
     def forward(self, z: Tensor) -> Tensor:
         return PlainDecoder.stacked([self], z)
@@ -224,62 +226,46 @@ class PlainDecoder(nn.Module):
     @staticmethod
     def stacked(decoders: Sequence[PlainDecoder], z: Tensor) -> Tensor:
         """n decoders side by side: [B, n D, r, r] -> [B, n I, H, H]."""
-        n, sizes = len(decoders), decoders[0].sizes
-        doubled = False
-        for k, size in enumerate(sizes):
+        n, first = len(decoders), decoders[0]
+        for k, size in enumerate(first.sizes):
             stages = [decoder.stages[k] for decoder in decoders]
             weight = side([stage[0].weight for stage in stages])  # type: ignore[index]  # [n O, C, 3, 3]
             norms = [stage[1] for stage in stages]  # type: ignore[index]
-            z = F.pixel_shuffle(z, 2) if doubled else z
-            doubled = size == 2 * z.shape[-1]
-            if doubled:
+            doubles = size == 2 * z.shape[-1]
+            if doubles:
                 weight = repeated(weight)  # [n O 4, C, 3, 3]
             elif z.shape[-1] != size:
                 z = F.interpolate(z, size=(size, size))
             z = F.conv2d(z, weight, padding=1, groups=n)
             # The four places of a place are one channel's: [B, n O, 4 h w].
             z = F.silu(normed(norms, z.reshape(len(z), -1, size * size))).view(z.shape)
-        weight = side([decoder.image.weight for decoder in decoders])
-        bias = side([decoder.image.bias for decoder in decoders])  # type: ignore[misc]
-        if not doubled:
-            return F.conv2d(z, weight, bias, padding=1, groups=n)
-        image = F.conv2d(z, shuffled(weight), bias.repeat_interleave(4), padding=1, groups=n)
-        return F.pixel_shuffle(image, 2)
+            z = F.pixel_shuffle(z, 2) if doubles else z
+        if first.parts == 1 and z.shape[-1] != first.image_size:
+            z = F.interpolate(z, size=(first.image_size, first.image_size))
+        image = side_by_side([decoder.image for decoder in decoders], z)
+        return F.pixel_shuffle(image, 2) if first.parts == 4 else image
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # kept: it must serve training whoever asks first
-def _doubling(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which weight of a 3x3 conv on a doubled map becomes which weight of a 3x3 conv on the map of half the size.
+def _doubling(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Which weight of a 3x3 conv on a map doubled by repetition becomes which weight of a 3x3 conv on the map itself.
 
-    A place u of the doubled map is the part u % 2 of place u // 2. [3, 3, 2, 2, 3, 3]: kernel, part of the output,
-    kernel on the half map; and with the part of the input: [3, 3, 2, 2, 2, 2, 3, 3].
+    A place u of the doubled map is the part u % 2 of place u // 2: [3 3, 2 2 3 3], kernel -> output's part, kernel.
     """
-    one, parts = torch.zeros(3, 2, 3), torch.zeros(3, 2, 2, 3)
+    one = torch.zeros(3, 2, 3)
     for tap in range(3):
         for part in range(2):
-            place = part + tap - 1  # from place 0 of the half map
-            one[tap, part, place // 2 + 1] = 1
-            parts[tap, part, place % 2, place // 2 + 1] = 1
-    repeats = torch.einsum("apx,bqy->abpqxy", one, one)
-    shuffles = torch.einsum("apix,bqjy->abpqijxy", parts, parts)
-    return repeats.reshape(9, -1).to(device, dtype), shuffles.reshape(9, -1).to(device, dtype)
+            one[tap, part, (part + tap - 1) // 2 + 1] = 1  # from place 0 of the map itself
+    return torch.einsum("apx,bqy->abpqxy", one, one).reshape(9, -1).to(device, dtype)
 
 
 def repeated(weight: Tensor) -> Tensor:
     """[O, C, 3, 3] on a map doubled by repetition -> [4 O, C, 3, 3] on the map itself, before a pixel shuffle."""
     outputs, inputs = weight.shape[:2]
-    kernels = weight.flatten(2) @ _doubling(weight.device, weight.dtype)[0]  # [O, C, 4 * 9]
+    kernels = weight.flatten(2) @ _doubling(weight.device, weight.dtype)  # [O, C, 4 * 9]
     kernels = kernels.unflatten(2, (4, 9)).transpose(1, 2)  # [O, 4, C, 9]
     return torch.reshape(kernels, (4 * outputs, inputs, 3, 3))
-
-
-def shuffled(weight: Tensor) -> Tensor:
-    """[O, C, 3, 3] on a pixel-shuffled map -> [4 O, 4 C, 3, 3] on the map before, to be shuffled after."""
-    outputs, inputs = weight.shape[:2]
-    kernels = weight.flatten(2) @ _doubling(weight.device, weight.dtype)[1]  # [O, C, 4 * 4 * 9]
-    kernels = kernels.unflatten(2, (4, 4, 9)).transpose(1, 2)  # [O, 4, C, 4, 9]
-    return torch.reshape(kernels, (4 * outputs, 4 * inputs, 3, 3))
 
 
 class ResidualBlock(nn.Module):
