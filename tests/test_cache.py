@@ -383,22 +383,26 @@ for _ in range(4):
 
 
 def test_what_a_killed_process_leaves_is_never_read(tmp_path: Path):
-    """kill -9 at any moment of writing, many times."""
+    """kill -9 in the midst of writing, until it has hit the midst five times."""
     script = """
 import random, signal
 root = Path(sys.argv[1])
-for trial in range(25):
-    reading, writing = os.pipe()
+folder = Cache(root, "set", 10**10).folder
+left = set()
+for trial in range(200):
     child = os.fork()
     if child == 0:
-        cache = Cache(root, "set", 10**9)
-        os.write(writing, b"!")
-        for k in range(100):
-            cache.write(f"shard-{k}", {"images": torch.full((4_000_000,), k, dtype=torch.uint8)})
-    os.read(reading, 1)
-    time.sleep(random.Random(trial).random() * 0.05)
+        cache = Cache(root, "set", 10**10)
+        for k in range(10**6):
+            cache.write(f"shard-{k % 100}", {"images": torch.full((4_000_000,), k % 100, dtype=torch.uint8)})
+    while not set(folder.glob("*.part")) - left:
+        pass
+    time.sleep(random.Random(trial).random() * 0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    left = set(folder.glob("*.part"))
+    if trial >= 10 and len(left) >= 5:
+        break
 """
     (process,) = together(script, [[str(tmp_path)]])
     finish(process)
