@@ -508,3 +508,14 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="belongs to another user"):
         Reader(made.url, made.manifest, "train", root, PLENTY)
     assert (tmp_path / "set" / shard_name(0)).exists()
+
+
+def test_a_set_in_use_is_not_forgotten(tmp_path: Path):
+    cache = Cache(tmp_path / "cache", "set", 10**6)
+    long_ago = time.time() - 2 * FORGOTTEN
+    os.utime(cache.folder, (long_ago, long_ago))
+    cache.keep_alive()
+    assert cache.folder.stat().st_mtime == pytest.approx(long_ago), "not at every call"
+    cache._touched -= FORGOTTEN
+    cache.keep_alive()
+    assert cache.folder.stat().st_mtime > time.time() - 60

@@ -375,3 +375,14 @@ def test_a_neighbour_takes_the_place_of_what_is_damaged(states: list[str], label
     assert [message.split(": ")[1].split("key ")[-1] for message in damaged] == [str(k) for k in bad]
     if bad:
         assert f"key {bad[0]}: " in refused(content)
+
+
+def test_colour_of_16_bits_is_not_cut_to_8():
+    """Pillow would read it as RGB, without a word."""
+    rows = b"".join(b"\0" + bytes(6 * 5) for _ in range(5))
+    header = struct.pack(">IIBBBBB", 5, 5, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    assert "16 bits a channel" in refused(tar_of([("deep.png", png)]), (3, 5, 5))

@@ -53,6 +53,7 @@ class Cache:
         self.folder = root / f"{name}{SET}"
         self.limit = limit
         self._full = False
+        self._touched = time.monotonic()
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_uid != os.getuid():
@@ -62,6 +63,16 @@ class Cache:
                 os.utime(self.folder)
         except OSError as error:
             raise ConfigError(f"data.cache={root} cannot be used ({error}): take another folder.") from error
+
+    def keep_alive(self) -> None:
+        """Says now and then that the data set is still in use."""
+        if time.monotonic() - self._touched < FORGOTTEN / 10:
+            return
+        self._touched = time.monotonic()
+        try:
+            os.utime(self.folder)
+        except OSError as error:
+            log.warning("%s cannot be touched (%s): other data sets may take its place", self.folder, error)
 
     def read(self, shard: str) -> Tensors | None:
         """A shard's tensors, mapped from the file; None if it is not kept, or damaged."""

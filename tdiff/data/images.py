@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def decoded(content: bytes, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
-    """Bytes of an image -> uint8 [I, H, W]. Raises ValueError if it is not grey or RGB, or not of the shape.
+    """Bytes of an image -> uint8 [I, H, W]. Raises ValueError if it is not 8-bit grey or RGB, or not of the shape.
 
     Raises OSError if it is damaged.
     """
@@ -29,6 +29,9 @@ def decoded(content: bytes, shape: tuple[int, int, int] | None = None) -> NDArra
     with opened as picture:
         channels = {"L": 1, "RGB": 3}.get(picture.mode)
         found = (channels, picture.height, picture.width)
+        # Pillow cuts 16-bit colour to 8 bits without a word: only the decoder's argument tells.
+        if any(";16" in str(tile) for tile in picture.tile):
+            raise ValueError(f"image has 16 bits a channel ({picture.mode}), but should have 8")
         if channels is None or (shape is not None and found != shape):
             raise ValueError(f"image is {picture.mode} {found[1]}x{found[2]}, but should be {shape or 'grey or RGB'}")
         pixels = np.asarray(picture)

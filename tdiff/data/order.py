@@ -37,7 +37,7 @@ class Order:
     """The batches of one phase.
 
     counts: ids in each shard [K], in manifest order; batch: images per step over all S slots; block: images that a slot
-    shuffles at a time, at least (batch/S of them, or a multiple of that, make a block).
+    shuffles at a time, rounded down to whole steps, but at least one.
     """
 
     def __init__(self, counts: Sequence[int], batch: int, slots: int, seed: int, phase: str, block: int):

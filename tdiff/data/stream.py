@@ -85,6 +85,8 @@ class Reader:
 
     def gather(self, ids: Ids) -> Pixels:
         """The images of the ids (places in the manifest's order), uint8 [B, I, H, H]; ids in any order."""
+        if self._cache is not None:
+            self._cache.keep_alive()
         out = np.empty((len(ids), *self.manifest.shape), np.uint8)
         of_shard = np.searchsorted(self._ends, ids, side="right")
         rows = np.argsort(of_shard, kind="stable")
@@ -234,15 +236,15 @@ class Batches:
         block = self._order.block_of(step)
         if slot not in self._now or self._now[slot][0] != block:
             self._now.pop(slot, None)  # its memory is needed for the next
-            if slot not in self._coming or self._coming[slot][0] != block:
-                self._prepare(block, slot)
-            self._now[slot] = (block, self._coming.pop(slot)[1].result())
+            coming = self._coming.pop(slot, None)
+            if coming is not None and coming[0] == block:
+                self._now[slot] = (block, coming[1].result())
+            else:  # the first block, not queued behind the second ones of other slots
+                self._now[slot] = (block, self._gathered(block, slot))
             if (next_step := self._order.after(block)) < self._steps:
-                self._prepare(self._order.block_of(next_step), slot)
+                following = self._order.block_of(next_step)
+                self._coming[slot] = (following, self._pool.submit(self._gathered, following, slot))
         return self._now[slot][1][self._order.rows(step)]
-
-    def _prepare(self, block: Block, slot: int) -> None:
-        self._coming[slot] = (block, self._pool.submit(self._gathered, block, slot))
 
     def _gathered(self, block: Block, slot: int) -> Pixels:
         positions = self._order.block(block, slot)
