@@ -46,7 +46,7 @@ class Data(Section):
     block: int = Field(8192, ge=1, description="images that a slot shuffles at a time")
     cache: str | None = Field(None, description="folder on every node for decoded shards; default: a temporary one")
     cache_gb: float = Field(10.0, ge=0, description="how much that folder may hold, in GB; 0: no cache")
-    max_bad_samples: int = Field(0, ge=0, description="damaged images that are skipped (and told) at most")
+    max_bad_samples: int = Field(0, ge=0, description="damaged images that a worker may skip, telling them")
 
 
 class Epochs(Section):

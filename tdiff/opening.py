@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     tracking, artifacts = tracking_uri(config)
     data_url, manifest = open_data(config)
     bf16 = resolve_precision(config.precision, workers)
-    name = config.name or f"{manifest.name}-{digest_of(config, bf16, manifest.digest)[:8]}"
+    # A data set's name comes from whoever made it: no path may be in it.
+    given = re.sub(r"[^\w.+=-]+", "-", manifest.name).strip("-.") or "run"
+    name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest)[:8]}"
     run = Run(storage.absolute(storage.join(config.runs, name)))
     try:
         with only_driver(run):

@@ -77,13 +77,19 @@ class Encode:
 
 @dataclass(frozen=True)
 class Check:
-    """Takes an existing shard as it is: checks it, and copies it unless it is in its place already."""
+    """Takes an existing shard as it is: checks it, and copies it unless it is in its place already.
+
+    sha256: what a manifest that is there already says of it.
+    """
 
     url: str
     shape: Shape
+    sha256: str | None = None
 
     def entry(self, url: str, name: str) -> Entry:
         content, samples, top_label = checked_tar(self.url, name, self.shape)
+        if self.sha256 is not None and hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(f"{self.url}, shard {name} is not what manifest.json there says: copy it anew")
         if self.url != url:
             storage.write_bytes(storage.join(url, name), content)
         return Entry(_shard(name, samples, content), top_label=top_label)
@@ -114,6 +120,10 @@ class Plan:
             splits[split] = tuple(shard for name in jobs if (shard := entries[name].shard) is not None)
             if not splits[split]:
                 raise DataError(f"all images of {self.name} for {split} are damaged: nothing is left to pack")
+            twice: dict[str, str] = {}
+            for shard in splits[split]:
+                if (other := twice.setdefault(shard.sha256, shard.name)) != shard.name:
+                    raise DataError(f"{self.name} has the same images twice, in {other} and {shard.name}: remove one")
         return Manifest(self.name, self.shape, self.classes or _classes_of(entries), splits)
 
 
@@ -132,9 +142,9 @@ def plan_of(source: Source | Tars, shard_samples: int | None = None) -> Plan:
     shards: dict[str, dict[str, Encode | Check]] = {}
     if isinstance(source, Tars):
         for split, names in source.splits.items():
-            shards[split] = {name: Check(source.url, source.shape) for name in names}
-        digest = _digest(source.name, source.shape, None, None, source.listed)
-        return Plan(source.name, source.shape, None, shards, digest, source.file_bytes, in_place=source.url)
+            shards[split] = {name: Check(source.url, source.shape, source.sha256.get(name)) for name in names}
+        digest = _digest(source.name, source.shape, source.classes, None, source.listed)
+        return Plan(source.name, source.shape, source.classes, shards, digest, source.file_bytes, in_place=source.url)
     if not all(len(samples) for samples in source.splits.values()) or "train" not in source.splits:
         raise DataError(f"{source.name} has no images for training or for testing: nothing is packed")
     each = shard_samples or default_shard_samples(source.shape)
@@ -291,6 +301,8 @@ def _finished_before(plan: Plan, url: str) -> dict[str, Entry] | None:
         if "manifest.json" in there:
             return None
         return _entries(plan, url)
+    if "manifest.json" in there and plan.in_place == url:
+        raise ConfigError(f"DEST {url} has its manifest.json already: delete that file to have it written anew.")
     if "manifest.json" in there:
         raise ConfigError(f"DEST {url} is a finished data set: take a new folder, or delete this one.")
     if plan.in_place != url:

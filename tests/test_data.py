@@ -208,10 +208,42 @@ def test_a_folder_without_a_manifest_is_no_data_set(packed: Path):
 
 def test_a_manifest_that_promises_other_numbers_does_not_pass(packed: Path):
     original = (packed / "manifest.json").read_text()
-    for entries in ({"samples": 5}, {"bytes": 17}):
+    for entries, words in (({"samples": 5}, "its totals"), ({"bytes": 17}, "shard-000000")):
         (packed / "manifest.json").write_text(original)
         (packed / "manifest.json").write_text(text_of(packed, with_shard(**entries)))
-        assert "shard-000000" in reading(packed)
+        assert words in reading(packed)
+
+
+@pytest.mark.parametrize(
+    "entries", [{"samples": 0}, {"samples": -1}, {"bytes": 0}, {"sha256": None}, {"name": 3}, {"samples": True}]
+)
+def test_a_manifest_that_says_what_cannot_be_is_refused(packed: Path, entries: dict[str, object]):
+    raw = with_shard(**entries)(json.loads((packed / "manifest.json").read_text()))
+    assert isinstance(raw, dict)
+    raw["totals"] = {split: sum(shard["samples"] for shard in of) for split, of in raw["splits"].items()}
+    (packed / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        read_manifest(str(packed))
+
+
+def test_a_shard_that_is_listed_twice_is_refused(packed: Path):
+    raw = json.loads((packed / "manifest.json").read_text())
+    first = raw["splits"]["train"][0]
+    raw["splits"]["train"].append({**first, "name": "train/copy.tar"})
+    raw["totals"]["train"] += first["samples"]
+    (packed / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="the same images twice"):
+        read_manifest(str(packed))
+
+
+def test_a_manifest_nested_without_end_or_a_folder_is_named(packed: Path):
+    (packed / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        read_manifest(str(packed))
+    (packed / "manifest.json").unlink()
+    (packed / "manifest.json").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        read_manifest(str(packed))
 
 
 # --- png ---------------------------------------------------------------------------------------------

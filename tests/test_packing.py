@@ -468,7 +468,7 @@ def test_an_existing_web_dataset_gets_a_manifest(shards: Path):
     assert manifest.shape == (3, 16, 16)
     assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 36, "test": 4}
     assert by_index(shards, read_manifest(str(shards)), "train").shape == (36, 3, 16, 16)
-    assert "is a finished data set" in sentence(lambda: pack(open_source(str(shards)), str(shards)))
+    assert "has its manifest.json already" in sentence(lambda: pack(open_source(str(shards)), str(shards)))
 
 
 def test_an_existing_web_dataset_is_copied(shards: Path, tmp_path: Path):
@@ -637,3 +637,30 @@ def test_training_packs_a_data_set_by_its_name(tmp_path: Path):
     assert size_of_data(config) == (300, (1, 28, 28))
     (folder / "train-labels-idx1-ubyte").unlink()
     assert open_data(config) == (url, manifest)
+
+
+def test_a_packed_set_is_copied_with_its_name_and_classes(tmp_path: Path):
+    labels = np.arange(30) % 3
+    images = np.random.default_rng(0).integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
+    source = Source("birds", {"train": Split(images, labels), "test": Split(images[:5], labels[:5])}, ("a", "b", "c"))
+    first = pack(source, str(tmp_path / "one"), 10)
+    copied = pack(open_source(str(tmp_path / "one")), str(tmp_path / "two"))
+    assert copied == first
+    shard = tmp_path / "one" / first.splits["train"][1].name
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    message = sentence(lambda: pack(open_source(str(tmp_path / "one")), str(tmp_path / "three")))
+    assert first.splits["train"][1].name in message
+    assert not (tmp_path / "three" / "manifest.json").exists()
+
+
+def test_the_same_shard_twice_is_refused(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 1, 8, 8), dtype=np.uint8)
+    pack(Source("x", {"train": Split(images, None)}, None), str(tmp_path / "one"), 10)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("a.tar", "b.tar"):
+        shutil.copy(tmp_path / "one" / "train" / "shard-000000.tar", shards / name)
+    message = sentence(lambda: pack(open_source(str(shards)), str(shards)))
+    assert "the same images twice, in a.tar and b.tar" in message

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,15 @@ def test_a_shard_that_is_missing_or_cut_is_refused_before_any_worker(tmp_path: P
     shard.unlink()
     message = refused(here(tmp_path, f"data.url={folder}"))
     assert f"train/{shard.name} is missing" in message
+
+
+def test_a_data_set_s_name_leads_nowhere_else(tmp_path: Path):
+    folder = data_at(tmp_path, 200)
+    manifest = read_manifest(str(folder))
+    (folder / "manifest.json").write_text(replace(manifest, name="a/../../b c").to_json())
+    with opened(here(tmp_path, f"data.url={folder}")) as opening:
+        assert Path(opening.run.url).parent == tmp_path / "runs"
+        assert opening.run.name.startswith("a-..-..-b-c-")
 
 
 def test_data_that_cannot_be_written_is_refused(tmp_path: Path):

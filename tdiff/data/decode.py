@@ -71,7 +71,7 @@ def shard_images(
             labels.append(label)
     good = [i for i, image in enumerate(found) if image is not None]
     if not good:
-        raise DataError(f"{where} holds no {'intact ' if found else ''}image")
+        raise DataError(damaged[0] if damaged else f"{where} holds no image")
     if len(labels) not in (len(found) - len(good), len(found)):
         raise DataError(f"{where}: some samples have labels and some have none")
     if len(good) < len(found):
@@ -125,7 +125,10 @@ def _image_member(sample: dict[str, Any]) -> bytes:
 def _label(sample: dict[str, Any], classes: int | None) -> int | None:
     if "cls" not in sample:
         return None
-    label = int(sample["cls"])
+    try:
+        label = int(sample["cls"])
+    except ValueError as error:
+        raise ValueError(f"its label is {sample['cls'][:20]!r}, no whole number") from error
     highest = MOST_LABEL if classes is None else classes - 1
     if not 0 <= label <= highest:
         raise ValueError(f"label {label} is out of range (0 to {highest})")

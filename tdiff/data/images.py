@@ -9,7 +9,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
 """Of a shard's members: what is read as an image."""
@@ -26,6 +26,8 @@ def decoded(content: bytes, shape: tuple[int, int, int] | None = None) -> NDArra
         opened = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
+    except UnidentifiedImageError as error:  # whose own text names an address in memory
+        raise ValueError("no PNG, JPEG or WebP image begins there" if content else "the image is empty") from error
     with opened as picture:
         channels = {"L": 1, "RGB": 3}.get(picture.mode)
         found = (channels, picture.height, picture.width)

@@ -68,18 +68,40 @@ def read_manifest(url: str) -> Manifest:
     try:
         raw: dict[str, Any] = json.loads(storage.read_text(file))
         splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in raw["splits"].items()}
-        if any(type(shard.samples) is not int for shards in splits.values() for shard in shards):
-            raise TypeError("samples must be whole numbers")
         classes = None if raw["classes"] is None else tuple(raw["classes"])
         channels, height, width = raw["shape"]
         manifest = Manifest(raw["name"], (channels, height, width), classes, splits)
+        _check(manifest)
+        if raw.get("totals") != {split: manifest.samples(split) for split in splits}:
+            raise ValueError("its totals are not the sums of its entries")
     except FileNotFoundError as error:
         raise DataError(f"{url} is not a data set: it holds no manifest.json; make one with tdiff.pack") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except IsADirectoryError as error:
+        raise DataError(f"{file} is a folder; pack the data set again") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{file} is damaged ({error}); pack the data set again") from error
     if manifest.digest != raw.get("digest"):
         raise DataError(f"{file} is damaged: its digest does not match its entries; pack the data set again")
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises TypeError or ValueError if a manifest says what cannot be."""
+    if not isinstance(manifest.name, str) or not manifest.name:
+        raise TypeError("the name must be a text")
+    if any(type(number) is not int or number < 1 for number in manifest.shape):
+        raise TypeError("the shape must be three whole numbers")
+    if manifest.classes is not None and not all(isinstance(name, str) for name in manifest.classes):
+        raise TypeError("classes must be texts")
+    for split, shards in manifest.splits.items():
+        seen: dict[str, str] = {}
+        for shard in shards:
+            if type(shard.samples) is not int or type(shard.bytes) is not int or shard.samples < 1 or shard.bytes < 1:
+                raise TypeError("samples and bytes must be whole numbers, 1 or more")
+            if not isinstance(shard.name, str) or not isinstance(shard.sha256, str):
+                raise TypeError("a shard's name and sha256 must be texts")
+            if (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
+                raise ValueError(f"{split} has the same images twice, in {other} and {shard.name}")
 
 
 def default_shard_samples(shape: Shape) -> int:

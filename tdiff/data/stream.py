@@ -60,6 +60,7 @@ class Reader:
         self.shards = manifest.splits[split]
         self.max_bad_samples = max_bad_samples
         self.bad: dict[str, None] = {}
+        self._doubted: set[str] = set()
         samples = [shard.samples for shard in self.shards]
         self._ends = np.cumsum(samples)
         self._first = self._ends - samples
@@ -72,6 +73,7 @@ class Reader:
         # A shard is often wanted again at once: where one block ends, the next begins.
         self._recent: OrderedDict[int, Images] = OrderedDict()
         self._lock = Lock()
+        self._pool = ThreadPoolExecutor(AHEAD, "shards")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -120,13 +122,16 @@ class Reader:
             yield from (self._shard(k) for k in shards)
             return
         coming: deque[Future[Images]] = deque()
-        with ThreadPoolExecutor(AHEAD) as pool:
+        try:
             for k in shards:
-                coming.append(pool.submit(self._shard, k))
+                coming.append(self._pool.submit(self._shard, k))
                 if len(coming) > AHEAD:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
+        finally:
+            for future in coming:  # after an error nobody wants them
+                future.cancel()
 
     def _shard(self, k: int) -> Images:
         if (mapped := self._mapped.get(k)) is not None:
@@ -137,7 +142,8 @@ class Reader:
                 return self._recent[k]
         shard = self.shards[k]
         kept = hashlib.sha256(f"{shard.sha256} {self._versions[shard.name]}".encode()).hexdigest()[:32]
-        if self._cache is not None and (tensors := self._cache.read(kept)) is not None:
+        tensors = None if self._cache is None else self._cache.read(kept)
+        if tensors is not None and len(tensors["images"]) == shard.samples:
             labels = tensors.get("labels")
             images = Images(tensors["images"].numpy(), None if labels is None else labels.numpy())
             if len(self._mapped) >= MOST_MAPPED:
@@ -165,21 +171,24 @@ class Reader:
         try:
             content = storage.read_bytes(storage.join(self.url, shard.name))
         except FileNotFoundError as error:
-            raise DataError(f"{where} is missing, though manifest.json lists it") from error
+            raise DataError(f"{where} is missing, though manifest.json lists it: bring it back") from error
         intact = len(content) == shard.bytes and hashlib.sha256(content).hexdigest() == shard.sha256
         classes = None if self.manifest.classes is None else len(self.manifest.classes)
-        strict = intact and not self.max_bad_samples
         try:
-            images = shard_images(content, where, self.manifest.shape, classes, None if strict else damaged)
+            images = shard_images(content, where, self.manifest.shape, classes, damaged)
         except DataError as error:
             if intact:
                 raise
             raise DataError(f"{self._not_intact(where, shard, content)}; {error}") from error
-        if not intact and not (self.max_bad_samples and damaged and len(content) == shard.bytes):
+        excused = bool(damaged) and self.max_bad_samples > 0 and len(content) == shard.bytes
+        if not intact and not (excused and len(images) == shard.samples):
             first = f"; first at {damaged[0].removeprefix(where + ', ')}" if damaged else ""
             raise DataError(self._not_intact(where, shard, content) + first)
+        if not intact and shard.name not in self._doubted:
+            self._doubted.add(shard.name)
+            log.warning("%s: its SHA-256 differs, so other bytes than its damaged images' may have changed too", where)
         if len(images) != shard.samples:
-            raise DataError(f"{where} holds {len(images)} samples, manifest.json says {shard.samples}")
+            raise DataError(f"{where} holds {len(images)} samples, manifest.json says {shard.samples}: pack it again")
         return images
 
     def _not_intact(self, where: str, shard: Shard, content: bytes) -> str:
@@ -189,11 +198,13 @@ class Reader:
         )
 
     def _tell(self, message: str) -> None:
-        """Counts a damaged image. Raises DataError if they are too many."""
+        """Counts a damaged image, once however often it is met. Raises DataError if they are too many."""
         known = message in self.bad
         self.bad[message] = None
         if len(self.bad) > self.max_bad_samples:
-            raise DataError(f"{message}; data.max_bad_samples={self.max_bad_samples} allows no more of them")
+            raise DataError(
+                f"{message}; mend it, or let data.max_bad_samples, which is {self.max_bad_samples}, skip more of them"
+            )
         if not known:
             log.warning("%s: skipped (%d of %d allowed)", message, len(self.bad), self.max_bad_samples)
 
@@ -206,7 +217,9 @@ def check_shards(url: str, manifest: Manifest, split: str) -> dict[str, str]:
     there = storage.versions(url)
     for shard in manifest.splits[split]:
         if shard.name not in there:
-            raise DataError(f"{url}: shard {shard.name} is missing, though manifest.json lists it")
+            raise DataError(
+                f"{url}: shard {shard.name} is missing, though manifest.json lists it: copy or pack it again"
+            )
         size, _ = there[shard.name]
         if size != shard.bytes:
             raise DataError(

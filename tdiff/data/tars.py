@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tdiff import storage
 from tdiff.data.decode import shard_images
 from tdiff.data.folder import SPLITS, Versions, set_name
+from tdiff.data.shards import Manifest, read_manifest
 from tdiff.data.sources import SUFFIXES, Shape, digest_of_listing
+from tdiff.data.stream import check_shards
 from tdiff.errors import DataError
 
 MOST_CLASSES = 1_000_000
@@ -22,7 +25,10 @@ MOST_CLASSES = 1_000_000
 
 @dataclass(frozen=True)
 class Tars:
-    """Shards below `url`, by split, in the order of their names. file_bytes: of all; listed: a digest of the list."""
+    """Shards below `url`, by split, in the order of their names. file_bytes: of all; listed: a digest of the list.
+
+    classes, sha256 (by shard): what the manifest says that is there already, if one is.
+    """
 
     name: str
     url: str
@@ -30,6 +36,8 @@ class Tars:
     shape: Shape
     file_bytes: int
     listed: str
+    classes: tuple[str, ...] | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def tars_below(url: str, versions: Versions) -> dict[str, list[str]]:
@@ -56,6 +64,8 @@ def tars_below(url: str, versions: Versions) -> dict[str, list[str]]:
 
 def existing_tars(url: str, versions: Versions) -> Tars | None:
     """The WebDataset whose files `versions` lists; None if it is none. Its first shard says its images' shape."""
+    if "manifest.json" in versions and "packing/plan.json" not in versions:
+        return _packed_before(url, read_manifest(url))
     splits = tars_below(url, versions)
     if not splits:
         return None
@@ -63,6 +73,17 @@ def existing_tars(url: str, versions: Versions) -> Tars | None:
     names = [name for split in sorted(splits) for name in splits[split]]
     size = sum(versions[name][0] for name in names)
     return Tars(set_name(url), url, splits, shape, size, digest_of_listing(names, versions))
+
+
+def _packed_before(url: str, manifest: Manifest) -> Tars:
+    """A data set that has its manifest: copied, it keeps its name and its classes."""
+    shards = [shard for split in manifest.splits for shard in manifest.splits[split]]
+    for split in manifest.splits:
+        check_shards(url, manifest, split)
+    splits = {split: [shard.name for shard in of] for split, of in manifest.splits.items()}
+    size, listed = sum(shard.bytes for shard in shards), manifest.digest
+    sums = {shard.name: shard.sha256 for shard in shards}
+    return Tars(manifest.name, url, splits, manifest.shape, size, listed, manifest.classes, sums)
 
 
 def checked_tar(url: str, name: str, shape: Shape) -> tuple[bytes, int, int | None]:
