@@ -512,3 +512,10 @@ def test_the_lock_of_a_killed_driver_is_free(tmp_path: Path):
 def test_the_numbers_of_a_result_get_dotted_names():
     nested = json.loads('{"run": "x", "leaves": 3, "clustering": {"tree_test": {"acc": 0.5, "why": "no number"}}}')
     assert dict(pipeline._numbers(nested)) == {"leaves": 3.0, "clustering.tree_test.acc": 0.5}
+
+
+def test_ray_may_be_imported_first():
+    """Ray keeps the mode of authentication that it finds when it is imported."""
+    code = "import ray; from tdiff import launch; launch.connect(1); print(ray.cluster_resources()['CPU'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
