@@ -121,9 +121,9 @@ def memory(folder: str) -> dict[str, Any]:
     decoded = manifest.samples("train") * int(np.prod(manifest.shape))
     reader = Reader(folder, manifest, "train", Path(folder).parent / "small-cache", decoded // 10)
     order = Order(reader.counts(), 128, 2, 0, "benchmark", 1024)
-    batches = Batches(reader, order, 6 * order.steps_per_epoch)
+    batches = Batches(reader, order, 12 * order.steps_per_epoch)
     before, after = resident(), []
-    for epoch in range(6):
+    for epoch in range(12):
         for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
             for slot in range(2):
                 batches(step, slot)
