@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ import torch
 from tdiff import config as configs
 from tdiff import launch, storage
 from tdiff.config import Config
+from tdiff.data.folder import set_name
 from tdiff.data.known import open_known
-from tdiff.data.shards import Manifest, Shard, read_manifest
+from tdiff.data.shards import Manifest, read_manifest
 from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
 from tdiff.packing import pack
@@ -50,8 +50,7 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     tracking, artifacts = tracking_uri(config)
     data_url, manifest = open_data(config)
     bf16 = resolve_precision(config.precision, workers)
-    # A data set's name comes from whoever made it: no path may be in it.
-    given = re.sub(r"[^\w.+=-]+", "-", manifest.name).strip("-.") or "run"
+    given = set_name(manifest.name)  # it comes from whoever made the data: no path may be in it
     name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest)[:8]}"
     run = Run(storage.absolute(storage.join(config.runs, name)))
     try:
@@ -168,7 +167,7 @@ def open_data(config: Config) -> tuple[str, Manifest]:
 def check_size(config: Config, name: str, images: int, shape: tuple[int, int, int]) -> None:
     """Raises ConfigError where growing on data of that many training images of [I, H, H] could not even begin."""
     try:
-        check(config, Manifest(name, shape, None, {"train": (Shard("", images, 0, ""),)}))
+        check(config, name, images, shape)
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,14 @@ from typing import Any
 
 from tdiff import launch, storage
 from tdiff.data.folder import folder_of_images
+from tdiff.data.images import Shape
 from tdiff.data.known import NAMES, open_known
-from tdiff.data.shards import Manifest, Shard, default_shard_samples, read_manifest, shard_bytes
-from tdiff.data.sources import Samples, Shape, Source
+from tdiff.data.shards import Manifest, Shard, check_manifest, default_shard_samples, read_manifest, shard_bytes
+from tdiff.data.sources import Samples, Source
 from tdiff.data.tars import Tars, checked_tar, existing_tars
 from tdiff.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 BYTES_FOR_WORKERS = 200_000_000
 """Sources whose files are larger are packed on Ray workers, unless one says how many: below, starting Ray takes longer.
@@ -114,17 +118,18 @@ class Plan:
     in_place: str | None = None
 
     def manifest(self, entries: dict[str, Entry]) -> Manifest:
-        """Raises DataError if a split has no image left, or some shards have labels and some have none."""
+        """Raises DataError if a split has no image left or one shard twice, or only some shards have labels."""
         splits: dict[str, tuple[Shard, ...]] = {}
         for split, jobs in self.shards.items():
             splits[split] = tuple(shard for name in jobs if (shard := entries[name].shard) is not None)
             if not splits[split]:
                 raise DataError(f"all images of {self.name} for {split} are damaged: nothing is left to pack")
-            twice: dict[str, str] = {}
-            for shard in splits[split]:
-                if (other := twice.setdefault(shard.sha256, shard.name)) != shard.name:
-                    raise DataError(f"{self.name} has the same images twice, in {other} and {shard.name}: remove one")
-        return Manifest(self.name, self.shape, self.classes or _classes_of(entries), splits)
+        manifest = Manifest(self.name, self.shape, self.classes or _classes_of(entries), splits)
+        try:
+            check_manifest(manifest)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.name} is no data set: {error}") from error
+        return manifest
 
 
 def _classes_of(entries: dict[str, Entry]) -> tuple[str, ...] | None:
@@ -347,8 +352,10 @@ def _only_packer(url: str, wait: bool) -> Iterator[None]:
     except BlockingIOError as error:
         os.close(folder)
         raise ConfigError(f"DEST {url} is being packed by another process: wait for it.") from error
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        log.warning("%s lies on a file system without locks: do not pack there from two processes at once", url)
     try:
         yield
     finally:

@@ -200,11 +200,6 @@ def versions(url: str) -> dict[str, tuple[int, str]]:
     return _on_s3(url, "listed", found)
 
 
-def walk(url: str) -> list[tuple[str, int]]:
-    """Every file below a folder, at any depth: (path from there, bytes), sorted; see `versions`."""
-    return [(name, size) for name, (size, _) in versions(url).items()]
-
-
 def remove(url: str) -> None:
     """Removes a file or a folder with all it holds; nothing happens if it is not there.
 

@@ -20,6 +20,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+from making import tar_of
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
@@ -493,19 +494,6 @@ def test_shards_in_one_folder_are_for_training(shards: Path, tmp_path: Path):
     assert set(manifest.splits) == {"train"}
 
 
-def tar_with(members: list[tuple[str, bytes]]) -> bytes:
-    import io
-    import tarfile
-
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
 def png(size: int = 16, mode: str = "RGB") -> bytes:
     import io
 
@@ -520,24 +508,24 @@ GOOD = ("good.png", png())
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (tar_with([GOOD, ("bad.png", png(17))]), "key bad"),
-        (tar_with([GOOD, ("bad.png", png(mode="L"))]), "key bad"),
-        (tar_with([GOOD, ("bad.png", png()[:50])]), "key bad"),
-        (tar_with([GOOD, ("bad.txt", b"x")]), "key bad"),
-        (tar_with([("bad.png", png(17))]), "key bad"),
-        (tar_with([GOOD, ("x.png", png()), GOOD]), "key good"),
-        (tar_with([("bad.png", png()), ("bad.cls", b"-1")]), "key bad"),
-        (tar_with([("bad.png", png()), ("bad.cls", b"cat")]), "key bad"),
-        (tar_with([("bad.png", png()), ("bad.cls", b"99999999999")]), "key bad"),
-        (tar_with([GOOD, ("a.png", png()), ("a.cls", b"1")]), "have none"),
-        (tar_with([GOOD]), "has no labels, though others have"),
-        (tar_with([]), "holds no image"),
+        (tar_of([GOOD, ("bad.png", png(17))]), "key bad"),
+        (tar_of([GOOD, ("bad.png", png(mode="L"))]), "key bad"),
+        (tar_of([GOOD, ("bad.png", png()[:50])]), "key bad"),
+        (tar_of([GOOD, ("bad.txt", b"x")]), "key bad"),
+        (tar_of([("bad.png", png(17))]), "key bad"),
+        (tar_of([GOOD, ("x.png", png()), GOOD]), "key good"),
+        (tar_of([("bad.png", png()), ("bad.cls", b"-1")]), "key bad"),
+        (tar_of([("bad.png", png()), ("bad.cls", b"cat")]), "key bad"),
+        (tar_of([("bad.png", png()), ("bad.cls", b"99999999999")]), "key bad"),
+        (tar_of([GOOD, ("a.png", png()), ("a.cls", b"1")]), "have none"),
+        (tar_of([GOOD]), "has no labels, though others have"),
+        (tar_of([]), "holds no image"),
         (b"", "not a tar"),
         (b"hello" * 1000, "not a tar"),
-        (tar_with([GOOD, ("b.png", png())])[:1500], "cut short"),  # in a header
-        (tar_with([GOOD, ("b.png", png())])[:1560], "train/shard-000003.tar"),  # in an image
-        (tar_with([GOOD, ("b.png", png())])[:1024], "cut short"),  # between two samples
-        (tar_with([GOOD]) + tar_with([("b.png", png())]), "goes on behind its end"),
+        (tar_of([GOOD, ("b.png", png())])[:1500], "cut short"),  # in a header
+        (tar_of([GOOD, ("b.png", png())])[:1560], "train/shard-000003.tar"),  # in an image
+        (tar_of([GOOD, ("b.png", png())])[:1024], "cut short"),  # between two samples
+        (tar_of([GOOD]) + tar_of([("b.png", png())]), "goes on behind its end"),
     ],
 )
 def test_a_wrong_shard_is_named(shards: Path, tmp_path: Path, content: bytes, part: str):

@@ -17,11 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys
 
-from tdiff.data.images import SUFFIXES, decoded
+from tdiff.data.images import SUFFIXES, Pixels, Shape, decoded
 from tdiff.errors import DataError
-
-Shape = tuple[int, int, int]
-Pixels = NDArray[np.uint8]
 
 MOST_LABEL = 2**63 - 1
 
@@ -52,7 +49,7 @@ def shard_images(
     """
     found: list[Pixels | None] = []
     labels: list[int] = []
-    for sample in _samples(content, where):
+    for sample in samples_of(content, where):
         key = sample["__key__"]
         try:
             image = decoded(_image_member(sample), shape)
@@ -83,7 +80,7 @@ def shard_images(
     return Images(np.stack(kept, out=images), np.array(labels, np.int64) if labels else None)
 
 
-def _samples(content: bytes, where: str) -> list[dict[str, Any]]:
+def samples_of(content: bytes, where: str) -> list[dict[str, Any]]:
     """The samples of a tar. Raises DataError if it is none, or if two samples have one key."""
     try:
         # Not WebDataset's own tar reader, which reads a stream in small pieces: this takes 3/4 of its time.

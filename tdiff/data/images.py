@@ -11,6 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+Shape = tuple[int, int, int]
+"""(I, H, W) of an image."""
+
+Pixels = NDArray[np.uint8]
+
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
 """Of a shard's members: what is read as an image."""
 

@@ -6,8 +6,9 @@ import os
 import socket
 from pathlib import Path
 
+from tdiff.data.images import Shape
 from tdiff.data.originals import READERS
-from tdiff.data.sources import Shape, Source, digits
+from tdiff.data.sources import Source, digits
 from tdiff.errors import ConfigError, DataError
 
 NAMES = ("digits", *READERS)

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tdiff import storage
-from tdiff.data.sources import Files, Pixels, Samples, Shape, Source, Split, converted, digest_of_listing
+from tdiff.data.images import Pixels, Shape
+from tdiff.data.sources import Files, Samples, Source, Split, converted, digest_of_listing
 from tdiff.errors import DataError
 from tdiff.seeds import permutation
 

@@ -23,8 +23,8 @@ from typing import Any
 import webdataset as wds
 
 from tdiff import storage
-from tdiff.data.images import png_bytes
-from tdiff.data.sources import DamagedError, Pixels, Samples, Shape
+from tdiff.data.images import Pixels, Shape, png_bytes
+from tdiff.data.sources import DamagedError, Samples
 from tdiff.errors import DataError
 
 
@@ -71,7 +71,7 @@ def read_manifest(url: str) -> Manifest:
         classes = None if raw["classes"] is None else tuple(raw["classes"])
         channels, height, width = raw["shape"]
         manifest = Manifest(raw["name"], (channels, height, width), classes, splits)
-        _check(manifest)
+        check_manifest(manifest)
         if raw.get("totals") != {split: manifest.samples(split) for split in splits}:
             raise ValueError("its totals are not the sums of its entries")
     except FileNotFoundError as error:
@@ -85,7 +85,7 @@ def read_manifest(url: str) -> Manifest:
     return manifest
 
 
-def _check(manifest: Manifest) -> None:
+def check_manifest(manifest: Manifest) -> None:
     """Raises TypeError or ValueError if a manifest says what cannot be."""
     if not isinstance(manifest.name, str) or not manifest.name:
         raise TypeError("the name must be a text")

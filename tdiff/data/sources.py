@@ -20,12 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tdiff import storage
-from tdiff.data.images import FORMATS
+from tdiff.data.images import FORMATS, Pixels, Shape
 from tdiff.data.images import SUFFIXES as SHARD_SUFFIXES
 from tdiff.errors import DataError
 
-Shape = tuple[int, int, int]
-Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64] | None
 
 SUFFIXES = (*SHARD_SUFFIXES, "bmp", "tif", "tiff")

@@ -22,7 +22,8 @@ import torch
 
 from tdiff import storage
 from tdiff.data.cache import Cache
-from tdiff.data.decode import Images, Pixels, shard_images
+from tdiff.data.decode import Images, shard_images
+from tdiff.data.images import Pixels
 from tdiff.data.order import Block, Ids, Order
 from tdiff.data.shards import Manifest, Shard
 from tdiff.errors import DataError
@@ -217,9 +218,7 @@ def check_shards(url: str, manifest: Manifest, split: str) -> dict[str, str]:
     there = storage.versions(url)
     for shard in manifest.splits[split]:
         if shard.name not in there:
-            raise DataError(
-                f"{url}: shard {shard.name} is missing, though manifest.json lists it: copy or pack it again"
-            )
+            raise DataError(f"{url}: shard {shard.name} is missing, though manifest.json lists it: bring it back")
         size, _ = there[shard.name]
         if size != shard.bytes:
             raise DataError(

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from tdiff import storage
 from tdiff.data.decode import shard_images
 from tdiff.data.folder import SPLITS, Versions, set_name
+from tdiff.data.images import Shape
 from tdiff.data.shards import Manifest, read_manifest
-from tdiff.data.sources import SUFFIXES, Shape, digest_of_listing
+from tdiff.data.sources import SUFFIXES, digest_of_listing
 from tdiff.data.stream import check_shards
 from tdiff.errors import DataError
 

@@ -26,7 +26,6 @@ from tdiff import engine, storage
 from tdiff.config import Config
 from tdiff.data.augment import RECIPES, augment, uniforms
 from tdiff.data.order import Order
-from tdiff.data.shards import Manifest
 from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.seeds import seed_of
@@ -224,11 +223,12 @@ class Views:
 
     phase: GrowingPhase
     order: Order
-    device: torch.device
+    model: TreeVAE
 
     def __call__(self, step: int, ids: NDArray[np.int64], pixels: NDArray[np.uint8]) -> Tensor:
         """ids [B] in the data set, their pixels [B, I, H, H] -> [B or 2B, I, H, H] in [0, 1]."""
-        images, config = as_images(pixels).to(self.device), self.phase.config
+        device = next(self.model.parameters()).device  # where the engine has put it by now
+        images, config = as_images(pixels).to(device), self.phase.config
         recipe = RECIPES.get(config.tree.augmentation)
         if recipe is None:
             return images
@@ -248,7 +248,7 @@ def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task
     images = Batches(train, order, epochs * order.steps_per_epoch)
     objective = TreeObjective(model, Annealing(order, tree.kl_start, rise), tree.contrastive, tree.reach_threshold)
     model.train()
-    views = Views(phase, order, next(model.parameters()).device)
+    views = Views(phase, order, model)
 
     def batch(step: int, slot: int) -> Batch:
         return {"images": views(step, order.positions(step, slot), images(step, slot))}
@@ -270,7 +270,7 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     annealing = Annealing(order, tree.kl_start, tree.kl_step)
     objective = SplitObjective(model, phase.leaf, new, annealing, tree.contrastive)
     images = Batches(train, order, tree.epochs.split * order.steps_per_epoch, ids)
-    views = Views(phase, order, next(model.parameters()).device)
+    views = Views(phase, order, model)
 
     def batch(step: int, slot: int) -> Batch:
         rows = order.positions(step, slot)
@@ -333,17 +333,18 @@ def prune(previous: str, url: str, leaves: Iterable[int]) -> None:
     save_tree(url, model)
 
 
-def check(config: Config, manifest: Manifest) -> None:
-    """Raises ValueError, one sentence, where growing on this data could not even begin."""
-    samples, (channels, height, width) = manifest.samples("train"), manifest.shape
-    tree = config.tree
-    for name, batch in (("tree.batch", tree.images_per_step), ("diffusion.batch", config.diffusion.batch)):
-        if samples < batch:
-            raise ValueError(f"{name}={batch} is more than the {samples} training images: take at most {samples}")
+def check(config: Config, name: str, images: int, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError, one sentence, where growing could not even begin on data of that name, of so many training
+    images of the shape (I, H, W).
+    """
+    tree, (channels, height, width) = config.tree, shape
+    for field, batch in (("tree.batch", tree.images_per_step), ("diffusion.batch", config.diffusion.batch)):
+        if images < batch:
+            raise ValueError(f"{field}={batch} is more than the {images} training images: take at most {images}")
     if height != width:
-        raise ValueError(f"the images of {manifest.name} are {height}x{width}: pack them as squares")
+        raise ValueError(f"the images of {name} are {height}x{width}: pack them as squares")
     if tree.size > height:
         raise ValueError(f"tree.size={tree.size} is more than the images' {height} pixels: take at most {height}")
     if channels > 1 and tree.likelihood == "bernoulli":
-        raise ValueError(f"tree.likelihood=bernoulli is for grey images, {manifest.name} has colour: take gaussian")
+        raise ValueError(f"tree.likelihood=bernoulli is for grey images, {name} has colour: take gaussian")
     config.unet_spec(channels, height)

@@ -25,9 +25,9 @@ import torch
 import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tdiff import storage
+from tdiff.data.decode import samples_of
 from tdiff.data.images import decoded, png_bytes
 from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Reader
@@ -224,7 +224,7 @@ def read_samples(url: str) -> Samples:
         content = storage.read_bytes(storage.join(url, shard["name"]))
         if hashlib.sha256(content).hexdigest() != shard["sha256"]:
             raise DataError(f"{url}: {shard['name']} is damaged: delete the folder and draw it again")
-        for sample in group_by_keys(tar_file_expander([{"url": shard["name"], "stream": io.BytesIO(content)}])):
+        for sample in samples_of(content, f"{url}: {shard['name']}"):
             found.append((json.loads(sample["json"]), decoded(sample["png"]), decoded(sample["treevae.png"])))
     if len(found) != manifest["samples"]:
         raise DataError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: delete the folder")
