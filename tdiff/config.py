@@ -57,6 +57,7 @@ class Epochs(Section):
 
 
 class Tree(Section):
+    run: str | None = Field(None, description="run whose finished tree is taken, instead of growing this one anew")
     encoder: Literal["cnn1", "cnn2"] = "cnn1"
     likelihood: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="bernoulli: grey, gaussian: colour")
     features: int = Field(5, ge=2, description="bottom-up features; nodes go down to depth features - 1")
@@ -119,6 +120,11 @@ class Samples(Section):
     batch: int = Field(250, ge=1, description="images per shard, drawn in one batch")
 
 
+class Evaluation(Section):
+    likelihood_images: int = Field(1000, ge=0, description="held-out images whose log-likelihood is estimated")
+    likelihood_samples: int = Field(100, ge=1, description="importance samples for each of them")
+
+
 class Config(Section):
     name: str | None = Field(None, description="run folder below `runs`; default: derived from the config")
     runs: str = Field("runs", min_length=1, description="root folder of all runs, local or s3://")
@@ -132,6 +138,7 @@ class Config(Section):
     tree: Tree = Tree()
     diffusion: Diffusion = Diffusion()
     samples: Samples = Samples()
+    evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -186,7 +193,8 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """All settings that results depend on; not names, places, workers, caches, logging, nor what is resolved later.
 
-        Data and precision enter a run's digest as what they resolve to (`tdiff.opening.digest_of`).
+        Data, precision and a tree that is taken enter a run's digest as what they resolve to
+        (`tdiff.opening.digest_of`).
         """
         return self.model_dump(
             mode="json",
@@ -197,8 +205,9 @@ class Config(Section):
                 "tracking": True,
                 "precision": True,
                 "data": set(Data.model_fields) - {"block"},
-                "tree": {"checkpoint_images"},
+                "tree": {"run", "checkpoint_images"},
                 "diffusion": {"checkpoint_images"},
+                "evaluation": True,
             },
         )
 

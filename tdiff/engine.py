@@ -343,7 +343,7 @@ def train(task: Task, worker: Worker) -> Outcome:
     shown = time.monotonic()
 
     for step in range(first, task.steps):
-        losses, metrics = [], defaultdict[str, list[Tensor]](list)
+        found: list[dict[str, Tensor]] = []  # of each slot: its loss and the terms of it
         for slot in range(worker.rank, task.slots, worker.world):
             clock = time.monotonic()
             batch = {name: part.to(device, non_blocking=True) for name, part in task.batch(step, slot).items()}
@@ -351,14 +351,12 @@ def train(task: Task, worker: Worker) -> Outcome:
             torch.manual_seed(seed_of("dropout", task.seed, task.phase, step, slot))
             rng = generator("loss", task.seed, task.phase, step, slot, device=device)
             loss, terms = backend.backward(batch, step, rng)
-            losses.append(loss)
-            for name, value in terms.items():
-                metrics[name].append(value.detach())
+            found.append({"loss": loss, **{name: term.detach() for name, term in terms.items()}})
 
         # One collective a step: is every worker's loss finite, metrics, batch-norm statistics.
-        scalars = torch.stack([torch.stack(v).mean() for v in (losses, *metrics.values())])
+        scalars = torch.stack([value for slot in found for value in slot.values()]).view(len(found), -1).mean(0)
         average_over_workers([scalars, *(s for norm in norms for s in (norm.slot_mean, norm.slot_var))], worker.world)
-        values = dict(zip(("loss", *metrics), scalars.tolist(), strict=True))
+        values = dict(zip(found[0], scalars.tolist(), strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise NonFiniteError(f"{task.phase}, step {step}: {', '.join(bad)} not finite; the last checkpoint is kept")

@@ -1,17 +1,25 @@
-"""python -m tdiff.evaluate RUN: clustering and sample quality of a trained run, into evaluation.json."""
+"""python -m tdiff.evaluate RUN: a run's clusters, likelihood and samples, as far as it has come, in numbers."""
 
 from __future__ import annotations
 
-from tdiff import cli, results
+from tdiff import cli, launch, results
 from tdiff.cli import console
 from tdiff.runs import existing
 
 
 def main() -> None:
-    parser = cli.parser("evaluate", "Scores a trained run's clusters and samples anew.")
+    parser = cli.parser("evaluate", "Scores anew a run's clusters, their likelihood, and its samples if it has any.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
-    run = existing(parser.parse_args().run)
-    cli.show_tables(results.table(results.evaluate(run)))
+    parser.add_argument("--workers", type=int, help="Ray actors at most; default: the run's number of workers")
+    arguments = parser.parse_args()
+    run = existing(arguments.run)
+    workers = launch.default_workers(arguments.workers or run.config().workers)
+    launch.connect(workers)
+    try:
+        numbers = results.evaluate(run, launch.at_once(workers))
+    finally:
+        launch.disconnect()
+    cli.show_tables(results.table(numbers))
     console.print(run.at("evaluation.json"))
 
 

@@ -25,7 +25,7 @@ from tdiff.data.shards import Manifest, read_manifest
 from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
 from tdiff.packing import pack
-from tdiff.runs import Run
+from tdiff.runs import Run, existing
 from tdiff.work.growing import check
 
 RECORDS = ("run.json", "config.yaml")
@@ -50,23 +50,44 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     tracking, artifacts = tracking_uri(config)
     data_url, manifest = open_data(config)
     bf16 = resolve_precision(config.precision, workers)
+    tree = None if config.tree.run is None else _tree_of(config, manifest)
     given = set_name(manifest.name)  # it comes from whoever made the data: no path may be in it
-    name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest)[:8]}"
+    name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest, tree)[:8]}"
     run = Run(storage.absolute(storage.join(config.runs, name)))
     try:
         with only_driver(run):
-            _identify(run, config, bf16, data_url, manifest, fresh)
+            _identify(run, config, bf16, data_url, manifest, tree, fresh)
             yield Opening(run, workers, manifest.name, tracking, artifacts)
     except PermissionError as error:
         raise ConfigError(f"runs={config.runs} cannot be written ({error}): take a folder that can.") from error
 
 
-def digest_of(config: Config, bf16: bool, data_digest: str) -> str:
-    """SHA-256 over all that a run's results depend on: settings, the precision they resolve to, the data."""
-    return hashlib.sha256(json.dumps([config.identity(), bf16, data_digest], sort_keys=True).encode()).hexdigest()
+def digest_of(config: Config, bf16: bool, data_digest: str, tree_digest: str | None = None) -> str:
+    """SHA-256 over all that a run's results depend on: settings, the precision they resolve to, the data, and the
+    weights of the tree if it is another run's.
+    """
+    parts = [config.identity(), bf16, data_digest, *([tree_digest] if tree_digest else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _identify(run: Run, config: Config, bf16: bool, data_url: str, manifest: Manifest, fresh: bool) -> None:
+def _tree_of(config: Config, manifest: Manifest) -> str:
+    """SHA-256 of the weights of the finished tree of the run that `tree.run` names.
+
+    Raises ConfigError if that tree is none, or not one of this data and these settings.
+    """
+    assert config.tree.run is not None
+    other, field = existing(config.tree.run), f"tree.run={config.tree.run}"
+    if (theirs := other.record()["data_digest"]) != manifest.digest:
+        raise ConfigError(f"{field} was grown on other data ({theirs[:12]} there, {manifest.digest[:12]} here).")
+    if what := [line for line in configs.differences(config, other.config()) if line.startswith("tree.")]:
+        raise ConfigError(f"{field} has another tree ({'; '.join(what[:3])}): take its settings.")
+    content = storage.read_bytes(storage.join(other.grown_tree, "model.safetensors"))
+    return hashlib.sha256(content).hexdigest()
+
+
+def _identify(
+    run: Run, config: Config, bf16: bool, data_url: str, manifest: Manifest, tree_digest: str | None, fresh: bool
+) -> None:
     """Writes run.json, or finds that the one there says the same. Raises ConfigError if it does not."""
     there = set(storage.listing(run.url)) - {".lock"}
     if fresh and there:
@@ -79,7 +100,7 @@ def _identify(run: Run, config: Config, bf16: bool, data_url: str, manifest: Man
     if "run.json" not in there:
         if there - {"config.yaml"}:
             raise ConfigError(f"RUN {run.url} holds files but no run.json: start it over with --fresh.")
-        digest = digest_of(config, bf16, manifest.digest)
+        digest = digest_of(config, bf16, manifest.digest, tree_digest)
         record: dict[str, Any] = {
             "id": f"{run.name}-{digest[:12]}-{time.time_ns():x}",
             "digest": digest,
@@ -87,6 +108,7 @@ def _identify(run: Run, config: Config, bf16: bool, data_url: str, manifest: Man
             "bf16": bf16,
             "data_url": data_url,
             "data_digest": manifest.digest,
+            "tree_digest": tree_digest,
             "commit": _commit(),
             "versions": {name: metadata.version(name) for name in ("tdiff", "torch", "deepspeed", "ray", "webdataset")},
         }
@@ -96,8 +118,10 @@ def _identify(run: Run, config: Config, bf16: bool, data_url: str, manifest: Man
     record, theirs = run.record(), run.config()
     if config.precision == "auto":  # resolved once, when the run was made
         bf16 = record["bf16"]
-    if record["digest"] != digest_of(config, bf16, manifest.digest):
+    if record["digest"] != digest_of(config, bf16, manifest.digest, tree_digest):
         what = configs.differences(config, theirs)
+        if record.get("tree_digest") != tree_digest:
+            what.append(f"tree.run: {config.tree.run} here, {theirs.tree.run} there")
         if record["data_digest"] != manifest.digest:
             what.append(f"data: {manifest.digest[:12]} here, {record['data_digest'][:12]} there")
         if record["bf16"] != bf16:

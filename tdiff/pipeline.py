@@ -20,13 +20,14 @@ from tdiff import launch, results, storage
 from tdiff.config import Config
 from tdiff.errors import ConfigError
 from tdiff.opening import opened
-from tdiff.runs import PHASE_NAME, Run
+from tdiff.runs import PHASE_NAME, Run, existing
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
+from tdiff.work import scoring
 from tdiff.work.diffusing import PHASE as DIFFUSION
 from tdiff.work.diffusing import DiffusionPhase, diffuse
-from tdiff.work.growing import GrowingPhase, Kind, grow, load_routing, load_topology, prune
+from tdiff.work.growing import GrowingPhase, Kind, grow, load_decisions, load_routing, load_topology, prune
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
@@ -103,6 +104,8 @@ class Driver:
 
     def grow_tree(self, until: str | None) -> bool:
         """Runs the tree's phases; whether it came to its end (False: `until` came first)."""
+        if self.config.tree.run is not None:
+            self._take_tree(existing(self.config.tree.run))
         done = self.run.tree_phases()
         for name in done:
             self._mirror_phase(self.run.at("tree", name), name)
@@ -125,6 +128,14 @@ class Driver:
             self._finish(url, upcoming.name, started)
             done.append(upcoming.name)
         return False
+
+    def _take_tree(self, other: Run) -> None:
+        """Copies the finished phases of another run's tree."""
+        done = self.run.tree_phases()
+        for name in other.tree_phases():
+            if name not in done:
+                storage.copy(other.at("tree", name), self.run.at("tree", name))
+                self.say(f"{name:<14} taken from {other.url}")
 
     def _read_phase(self, name: str) -> tuple[Topology, Any]:
         url = self.run.at("tree", name)
@@ -151,12 +162,16 @@ class Driver:
         # Everything of a Ray job that is not its steps: processes, imports, set-up, and writing at the end.
         summary["wall_seconds"] = ended - started
         summary["overhead_seconds"] = ended - started - (last - first)
+        if storage.exists(storage.join(url, "routing.safetensors")):
+            with scoring.one_thread():
+                summary |= scoring.progress(load_topology(url), load_decisions(url))
         storage.write_text(summary_url, json.dumps(summary, indent=1) + "\n")
         storage.finish(url)
         storage.remove(storage.join(url, "checkpoints"))  # optimizer moments, which no later phase reads
-        leaves = f"  {len(load_topology(url).leaves)} leaves" if name != DIFFUSION else ""
+        told = [] if name == DIFFUSION else [f"{len(load_topology(url).leaves)} leaves"]
+        told += [f"{key[:3].upper()} {summary[key]:.3f}" for key in ("nmi_train", "acc_train") if key in summary]
         wall, overhead = summary["wall_seconds"], summary["overhead_seconds"]
-        self.say(f"{name:<14} {wall:6.1f} s  (of which start and end {overhead:.1f} s){leaves}")
+        self.say("  ".join([f"{name:<14} {wall:6.1f} s  (of which start and end {overhead:.1f} s)", *told]))
         self._mirror_phase(url, name)
 
     def _mirror_phase(self, url: str, name: str) -> None:
@@ -180,14 +195,13 @@ class Driver:
         done = results.evaluation(self.run)
         if done is None or not storage.finished(self.run.at("report")):
             started = time.time()
-            done = results.evaluate(self.run)
-            pictures = results.figures(self.run)
+            launch.connect(self.workers)
+            done = results.evaluate(self.run, launch.at_once(self.workers))
+            results.figures(self.run)
             results.report(self.run)
             storage.finish(self.run.at("report"))
             self.say(f"{'report':<14} {time.time() - started:6.1f} s")
-        else:
-            pictures = {name: storage.read_bytes(self.run.at("figures", name)) for name in results.PICTURES}
-        self.mirror.result(dict(_numbers(done)), pictures)
+        self.mirror.result(dict(_numbers(done)), results.pictures(self.run))
         return done
 
 

@@ -1,18 +1,20 @@
 """What a finished run yields: samples, numbers, pictures, a report. The driver's side of it.
 
 RUN/samples/NAME/    job.json  shard-000000.tar …  manifest.json  grid.png  COMPLETE
-RUN/evaluation.json  RUN/figures/*.png  RUN/report/index.html
+RUN/evaluation.json  RUN/likelihood.safetensors  RUN/figures/*.png  RUN/report/index.html
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from matplotlib.figure import Figure
+from safetensors.numpy import save as save_arrays
 
 from tdiff import launch, storage
 from tdiff.data.decode import Images
@@ -26,6 +28,8 @@ from tdiff.runs import Run
 from tdiff.tracking import read_metrics
 from tdiff.work import drawing, scoring
 from tdiff.work.growing import load_routing, load_topology
+from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
+from tdiff.work.likelihoods import summary as likelihood_summary
 from tdiff.work.sampling import MODES, SampleJob, draw_shard, read_samples, time_grid
 
 Progress = Callable[[int, int], None]
@@ -165,27 +169,53 @@ def _routing(run: Run, splits: dict[str, Images]) -> dict[str, Any]:
     return {split: load_routing(run.grown_tree, split) for split in splits}
 
 
-def evaluate(run: Run) -> Settings:
-    """Computes and writes evaluation.json; returns it. Raises ConfigError if the run is not that far."""
-    prior = run.at("samples", "prior")
-    if not storage.finished(prior):
-        raise ConfigError(f"RUN {run.url} has no samples to evaluate: finish it with python -m tdiff.train.")
+def evaluate(run: Run, workers: int) -> Settings:
+    """Computes and writes evaluation.json, part of it on so many Ray actors; returns it.
+
+    Its entry `samples` is empty where the run has no samples yet. Raises ConfigError if there is no finished tree.
+    """
+    topology, prior = load_topology(run.grown_tree), run.at("samples", "prior")
     splits, seed = _splits(run), run.config().seed
-    topology = load_topology(run.grown_tree)
     record = run.record()
+    bounds = likelihood(run, workers)
     with scoring.one_thread():
         clusters = scoring.clustering(topology, _routing(run, splits), splits, seed)
-        quality = scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed)
+        quality = {}
+        if storage.finished(prior):
+            quality = scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed)
     result = {
         "run": run.name,
         "data": {"url": record["data_url"], "digest": record["data_digest"]},
         "leaves": len(topology.leaves),
         "clustering": clusters,
+        "likelihood": bounds,
         "samples": quality,
         "seconds": seconds(run),
     }
     storage.write_text(run.at("evaluation.json"), json.dumps(result, indent=1) + "\n")
     return result
+
+
+def likelihood(run: Run, workers: int) -> Settings:
+    """The TreeVAE's ELBO and log-likelihood on held-out images (training images where there are no others), computed
+    on Ray actors. Every image's own numbers go to RUN/likelihood.safetensors.
+    """
+    config, record = run.config(), run.record()
+    manifest = read_manifest(record["data_url"])
+    job = LikelihoodJob(
+        tree_url=run.grown_tree,
+        data_url=record["data_url"],
+        split="test" if "test" in manifest.splits else "train",
+        images=config.evaluation.likelihood_images,
+        samples=config.evaluation.likelihood_samples,
+        seed=config.seed,
+        max_bad_samples=config.data.max_bad_samples,
+    )
+    calls = [(job, *block) for block in job.blocks()]
+    found = dict(launch.map_on_actors(likelihood_block, calls, workers))
+    arrays = joined([found[k] for k in range(len(calls))])
+    storage.write_bytes(run.at("likelihood.safetensors"), save_arrays(arrays))
+    return likelihood_summary(job, arrays, math.prod(manifest.shape), config.tree.likelihood == "gaussian")
 
 
 def evaluation(run: Run) -> Settings | None:
@@ -197,7 +227,10 @@ def evaluation(run: Run) -> Settings | None:
 def seconds(run: Run) -> dict[str, float]:
     """Wall-clock seconds of every phase, as its Ray job took them."""
     out = {}
-    for name, url in [*((p, run.at("tree", p)) for p in run.tree_phases()), ("diffusion", run.at("diffusion"))]:
+    phases = [(phase, run.at("tree", phase)) for phase in run.tree_phases()]
+    if storage.finished(run.at("diffusion")):
+        phases.append(("diffusion", run.at("diffusion")))
+    for name, url in phases:
         summary = storage.read_json(storage.join(url, "summary.json"))
         out[name] = round(float(summary["wall_seconds"]), 1)
     if "sampling" in (record := run.record()):
@@ -205,48 +238,66 @@ def seconds(run: Run) -> dict[str, float]:
     return out
 
 
-def figures(run: Run) -> dict[str, bytes]:
-    """Draws a finished run's pictures into RUN/figures; returns them as PNG by file name."""
-    splits = _splits(run)
+def figures(run: Run) -> None:
+    """Draws the pictures of a run, as far as it has come, into RUN/figures as PNG.
+
+    Raises ConfigError if there is no finished tree.
+    """
     topology, left = load_topology(run.grown_tree), load_routing(run.grown_tree, "train")
-    jobs = standard_jobs(run)
-    samples = {name: read_samples(job.url) for name, job in jobs.items()}
+    train = _splits(run)["train"]
     metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
     drawn: dict[str, Figure] = {
-        "tree.png": drawing.tree(topology, left, splits["train"]),
-        "leaves.png": drawing.leaves(topology, left, [samples[name] for name in jobs if name.startswith("leaf-")]),
-        "root-draw.png": drawing.root_draw(topology, samples["root-draws"], 0),
-        "samples.png": drawing.side_by_side(splits["train"], samples["prior"]),
+        "tree.png": drawing.tree(topology, left, train),
         "losses-tree.png": drawing.growing_losses(metrics),
-        "losses-diffusion.png": drawing.diffusion_losses(read_metrics(run.at("diffusion", "metrics"))),
     }
-    pictures = {name: save(figure) for name, figure in drawn.items()}
-    for name, content in pictures.items():
-        storage.write_bytes(run.at("figures", name), content)
-    return pictures
+    if storage.finished(run.at("diffusion")):
+        drawn["losses-diffusion.png"] = drawing.diffusion_losses(read_metrics(run.at("diffusion", "metrics")))
+        jobs = standard_jobs(run)
+        if not unfinished(jobs):
+            samples = {name: read_samples(job.url) for name, job in jobs.items()}
+            of_leaves = [samples[name] for name in jobs if name.startswith("leaf-")]
+            drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves)
+            drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
+            drawn["samples.png"] = drawing.side_by_side(train, samples["prior"])
+    for name, figure in drawn.items():
+        storage.write_bytes(run.at("figures", name), save(figure))
 
 
-PICTURES = tuple(CAPTIONS)
+def pictures(run: Run) -> dict[str, bytes]:
+    """The pictures that `figures` has drawn, in the order in which they are looked at."""
+    there = storage.listing(run.at("figures"))
+    return {name: storage.read_bytes(run.at("figures", name)) for name in CAPTIONS if name in there}
 
 
 def report(run: Run) -> str:
-    """Writes the run's one-file HTML report; returns where. Raises ConfigError if the run is not that far."""
+    """Writes the run's one-file HTML report; returns where. Raises ConfigError if the run is not evaluated yet."""
     numbers = evaluation(run)
-    if numbers is None or not all(storage.exists(run.at("figures", name)) for name in PICTURES):
-        raise ConfigError(f"RUN {run.url} is not evaluated yet: finish it with python -m tdiff.train.")
-    pictures = {name: storage.read_bytes(run.at("figures", name)) for name in PICTURES}
+    if numbers is None:
+        raise ConfigError(f"RUN {run.url} is not evaluated yet: run python -m tdiff.evaluate on it.")
     url = run.at("report", "index.html")
-    storage.write_text(url, page(run.name, table(numbers), pictures, run.config().to_yaml()))
+    storage.write_text(url, page(run.name, table(numbers), pictures(run), run.config().to_yaml()))
     return url
+
+
+def _likelihood_table(bounds: Settings) -> tuple[str, list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = [("likelihood", "images", "nats", "± standard error", "bits per dimension")]
+    for name, title in (("elbo", "ELBO"), ("log_likelihood", "log-likelihood")):
+        if bounds[name] is not None:
+            error, bits = bounds[f"{name}_standard_error"], bounds.get(f"{name}_bits_per_dimension")
+            shown = "" if error is None else f"{error:.2f}", "" if bits is None else f"{bits:.3f}"
+            rows.append((title, f"{bounds[f'{name}_images']}", f"{bounds[name]:.2f}", *shown))
+    samples = bounds["log_likelihood_samples"]
+    return f"TreeVAE, {bounds['split']} images, {samples} importance samples for the log-likelihood", rows
 
 
 def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     """The numbers of evaluation.json as titled tables; the first row of each is its header."""
     clusters = numbers["clustering"]
+    fitted = clusters.get("ward_test", {}).get("fitted_to")
     names = {
         "tree_test": "TreeVAE, held-out images",
         "kmeans_test": "k-means on pixels, held-out images",
-        "ward_test": "Ward on pixels, held-out images (fitted to them too)",
+        "ward_test": f"Ward on pixels, held-out images (fitted to {fitted} images, them too)",
         "tree_train": "TreeVAE, training images",
     }
     header = ("clusters", "ACC", "NMI", "ARI", "leaf purity", "dendrogram purity")
@@ -257,6 +308,8 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
         if name in clusters
     ]
     tables: list[tuple[str, list[tuple[str, ...]]]] = [(f"{numbers['leaves']} leaves", [header, *rows])]
+    if bounds := numbers.get("likelihood"):
+        tables.append(_likelihood_table(bounds))
     quality = numbers["samples"]
     if quality:
         title = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ TINY = [
     "samples.draws_all_leaves=2",
     "samples.steps=4",
     "samples.batch=40",
+    "evaluation.likelihood_images=60",
+    "evaluation.likelihood_samples=10",
 ]
 
 
@@ -74,6 +77,12 @@ def test_what_a_run_leaves(straight: Path) -> None:
     numbers = json.loads((folder / "evaluation.json").read_text())
     assert numbers["leaves"] == len(load_topology(run.grown_tree).leaves)
     assert 0 < numbers["clustering"]["tree_test"]["nmi"] < 1
+    bounds = numbers["likelihood"]
+    assert (bounds["split"], bounds["elbo_images"], bounds["log_likelihood_images"]) == ("test", 297, 60)
+    assert -70 < bounds["elbo"] < bounds["log_likelihood"] + 3 < -20  # other images; half as bad as guessing 0.5 is -44
+    of_images = load_file(folder / "likelihood.safetensors")
+    assert of_images["elbo"].shape == (297,)
+    assert of_images["leaf_elbo"].shape == (297, numbers["leaves"])
     assert numbers["samples"]["treediffusion"]["classifier_frechet"] > 0
     for name in ("tree", "leaves", "root-draw", "samples", "losses-tree", "losses-diffusion"):
         with Image.open(folder / "figures" / f"{name}.png") as picture:
@@ -108,6 +117,8 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     children = {run.info.run_name: run for run in runs if run is not parent}
     assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    split = children["01-split-1"].data.metrics if "01-split-1" in children else children["01-split-2"].data.metrics
+    assert {"share/3", "share/4", "effective_leaves", "nmi_train", "acc_test", "kl_decisions", "alpha"} <= set(split)
     assert parent.data.params["diffusion.images"] == "2560"
     assert parent.data.tags["mlflow.source.git.commit"]
     assert "clustering.tree_test.nmi" in parent.data.metrics
@@ -196,6 +207,26 @@ def test_evaluate_and_report_again(straight: Path) -> None:
     assert command("evaluate", run.url, cwd=straight).returncode == 0
     assert json.loads(Path(run.at("evaluation.json")).read_text()) == before
     assert command("report", run.url, cwd=straight).stdout.strip().endswith("report/index.html")
+
+
+def test_a_tree_alone_is_evaluated_as_far_as_it_goes(straight: Path, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "tree-only"))
+    finished = Path(tiny(straight).url)
+    shutil.copytree(finished / "tree", tmp_path / "tree-only" / "tree")
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(finished / name, tmp_path / "tree-only")
+    done = command("evaluate", run.url, "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "log-likelihood" in done.stdout
+    numbers = json.loads(Path(run.at("evaluation.json")).read_text())
+    whole = json.loads((finished / "evaluation.json").read_text())
+    assert numbers["samples"] == {}
+    for part in ("clustering", "likelihood"):
+        assert numbers[part] == whole[part]  # by one worker, as by two
+    assert command("report", run.url, cwd=tmp_path).returncode == 0
+    page = Path(run.at("report", "index.html")).read_text()
+    assert page.count("data:image/png;base64,") == 2  # the tree and its losses
+    assert {file.name for file in Path(run.at("figures")).iterdir()} == {"tree.png", "losses-tree.png"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import pytest
 import ray
 
 from tdiff import config as configs
-from tdiff import launch, pipeline
+from tdiff import launch, pipeline, storage
 from tdiff.config import Config
 from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.sources import Source, Split
@@ -31,6 +31,7 @@ from tdiff.opening import digest_of, only_driver, open_data, opened, tracking_ur
 from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
 from tdiff.runs import Run
+from tdiff.tracking import Mirror
 from tdiff.tree.topology import Topology
 
 
@@ -331,6 +332,69 @@ def test_a_hundred_phases_stay_in_order(tmp_path: Path):
         (tmp_path / "tree" / name / "COMPLETE").touch()
     assert Run(str(tmp_path)).tree_phases() == names
     assert all(pipeline.PHASE_NAME.fullmatch(name) for name in names)
+
+
+# --- another run's tree ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Run:
+    """A run with a finished tree, whose contents nobody reads here."""
+    run = open_run(here(tmp_path, "name=grown"))
+    for name in ("00-root", "01-prune", "02-finetune"):
+        storage.write_text(run.at("tree", name, "model.safetensors"), name)
+        storage.write_text(run.at("tree", name, "metrics", "000000010.jsonl"), "{}")
+        storage.finish(run.at("tree", name))
+    return run
+
+
+def test_a_tree_of_another_run_is_copied_once(grown: Run, tmp_path: Path):
+    config = here(tmp_path, "name=mine", f"tree.run={grown.url}", "diffusion.condition=none")
+    run, said = open_run(config), list[str]()
+    driver = pipeline.Driver(config, run, "", 1, Mirror("", "", "", "", None), said.append)
+    storage.write_text(run.at("tree", "01-prune", "model.safetensors"), "cut short")  # without its marker
+    driver._take_tree(grown)
+    assert run.tree_phases() == grown.tree_phases()
+    for name in run.tree_phases():
+        assert storage.versions(run.at("tree", name)).keys() == storage.versions(grown.at("tree", name)).keys()
+        assert storage.read_text(run.at("tree", name, "model.safetensors")) == name
+    assert len(said) == 3
+    driver._take_tree(grown)
+    assert len(said) == 3
+
+
+def test_runs_of_one_tree_are_told_apart_by_it(grown: Run, tmp_path: Path):
+    settings = [f"tree.run={grown.url}", "diffusion.condition=none"]
+    taken = open_run(here(tmp_path, *settings))
+    assert taken.url != open_run(here(tmp_path, "diffusion.condition=none")).url
+    assert open_run(here(tmp_path, *settings)).url == taken.url
+    named = here(tmp_path, "name=mine", *settings)
+    assert open_run(named).record() == open_run(named).record()
+    storage.write_text(grown.at("tree", "02-finetune", "model.safetensors"), "grown anew")
+    with pytest.raises(ConfigError, match=r"tree\.run: .*grown here, .*grown there"):
+        open_run(named)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["tree.max_leaves=4"], "has another tree \\(tree.max_leaves: 4 here, 10 there\\)"),
+        (["tree.run=nowhere"], "nowhere is not a run folder"),
+        (["data.shard_samples=7", "runs={tmp}/others"], "was grown on other data"),
+    ],
+)
+def test_a_tree_that_does_not_fit_is_refused(grown: Run, tmp_path: Path, settings: list[str], message: str):
+    settings = [setting.format(tmp=tmp_path) for setting in settings]
+    with pytest.raises(ConfigError, match=message):
+        open_run(here(tmp_path, f"tree.run={grown.url}", *settings))
+
+
+def test_a_tree_that_is_not_finished_is_refused(grown: Run, tmp_path: Path):
+    Path(grown.at("tree", "02-finetune", "COMPLETE")).unlink()
+    assert "has no finished tree yet" in refused(here(tmp_path, f"tree.run={grown.url}"))
+
+
+# --- entries -----------------------------------------------------------------------------------------
 
 
 def test_entries_are_added_to_the_record(tmp_path: Path):

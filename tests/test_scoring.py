@@ -67,9 +67,21 @@ def test_a_tree_that_finds_the_classes_scores_full_marks(splits: dict[str, Image
     for name in ("tree_train", "tree_test"):
         assert set(found[name]) == TREE
         assert found[name] == pytest.approx(dict.fromkeys(TREE, 1.0))
+    assert found["ward_test"].pop("fitted_to") == 300
     for name in ("kmeans_test", "ward_test"):
         assert set(found[name]) == FLAT
         assert all(0.7 < found[name][key] <= 1 for key in FLAT)  # three digits are easy
+
+
+@pytest.mark.parametrize("most", [100, 40])  # of 240 training and 60 test images
+def test_ward_is_fitted_to_no_more_than_memory_allows(
+    splits: dict[str, Images], most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scoring, "WARD_IMAGES", most)
+    routing = {split: routed(images.labels) for split, images in splits.items()}
+    found = scoring.clustering(THREE, routing, splits, seed=0)["ward_test"]
+    assert found["fitted_to"] == most
+    assert 0.7 < found["acc"] < 0.9  # with all 300 it is 0.98
 
 
 def test_a_tree_that_guesses_scores_little(splits: dict[str, Images]):
@@ -165,6 +177,12 @@ def test_the_table_shows_what_there_is(splits: dict[str, Images], labels: str):
     numbers = {
         "leaves": 3,
         "clustering": scoring.clustering(THREE, routing, chosen, 0),
+        "likelihood": {
+            "split": "test",
+            **{f"elbo{end}": value for end, value in (("", -25.5), ("_images", 60), ("_standard_error", 0.5))},
+            "log_likelihood": None,
+            "log_likelihood_samples": 10,
+        },
         "samples": scoring.sample_quality(chosen, sampled(train.images, train.images, train.labels), 3, 0)
         if labels == "none"
         else {},

@@ -194,14 +194,24 @@ def test_blocks_are_a_stretch_of_the_split_each_with_its_place(noise: DataSet, o
     first, last = sorted((one, other))
     out = np.zeros_like(noise.images)
     ends = [first]
-    for place, pixels in reader_of(noise).blocks(first, last, size):
+    labels = np.zeros(len(noise.images), np.int64)
+    for place, images in reader_of(noise).blocks(first, last, size):
         assert place.start == ends[-1]
         assert 0 < place.stop - place.start <= size
         ends.append(place.stop)
-        out[place] = pixels
+        out[place], labels[place] = images.images, images.labels
     assert ends[-1] == last
     assert len(ends) == 1 + -(-(last - first) // size)
     np.testing.assert_array_equal(out[first:last], noise.images[first:last])
+    assert noise.labels is not None
+    np.testing.assert_array_equal(labels[first:last], noise.labels[first:last])
+
+
+def test_images_without_labels_are_taken_without(tmp_path: Path):
+    made = make_set(tmp_path, [5, 4], labelled=False)
+    taken = reader_of(made).take(np.array([7, 1]))
+    assert taken.labels is None
+    np.testing.assert_array_equal(taken.images, made.images[[7, 1]])
 
 
 # --- batches -----------------------------------------------------------------------------------------

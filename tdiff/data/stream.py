@@ -19,6 +19,7 @@ from threading import Lock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tdiff import storage
 from tdiff.data.cache import Cache
@@ -88,25 +89,35 @@ class Reader:
 
     def gather(self, ids: Ids) -> Pixels:
         """The images of the ids (places in the manifest's order), uint8 [B, I, H, H]; ids in any order."""
+        return self.take(ids).images
+
+    def take(self, ids: Ids) -> Images:
+        """The images of the ids, as `gather` gives them, with their labels if all of them have one."""
         if self._cache is not None:
             self._cache.keep_alive()
         out = np.empty((len(ids), *self.manifest.shape), np.uint8)
+        labels: NDArray[np.int64] | None = np.empty(len(ids), np.int64)
         of_shard = np.searchsorted(self._ends, ids, side="right")
         rows = np.argsort(of_shard, kind="stable")
         parts = np.split(rows, np.flatnonzero(np.diff(of_shard[rows])) + 1) if len(ids) else []
         shards = [int(of_shard[part[0]]) for part in parts]
         for k, part, images in zip(shards, parts, self._in_turn(shards), strict=True):
-            out[part] = images.images[ids[part] - self._first[k]]
-        return out
+            within = ids[part] - self._first[k]
+            out[part] = images.images[within]
+            if images.labels is None:
+                labels = None
+            elif labels is not None:
+                labels[part] = images.labels[within]
+        return Images(out, labels)
 
-    def blocks(self, first: int, last: int, size: int) -> Iterator[tuple[slice, Pixels]]:
+    def blocks(self, first: int, last: int, size: int) -> Iterator[tuple[slice, Images]]:
         """The images first…last-1 in the manifest's order, `size` at a time, each with its place; one is read ahead."""
         places = [slice(k, min(k + size, last)) for k in range(first, last, size)]
         with ThreadPoolExecutor(1) as pool:
-            coming = deque(pool.submit(self.gather, np.arange(place.start, place.stop)) for place in places[:1])
+            coming = deque(pool.submit(self.take, np.arange(place.start, place.stop)) for place in places[:1])
             for place, after in zip_longest(places, places[1:]):
                 if after is not None:
-                    coming.append(pool.submit(self.gather, np.arange(after.start, after.stop)))
+                    coming.append(pool.submit(self.take, np.arange(after.start, after.stop)))
                 yield place, coming.popleft().result()
 
     def all(self) -> Images:

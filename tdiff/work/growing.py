@@ -4,15 +4,17 @@ A phase reads the folder of the phase before it and writes its own: `model.safet
 all that it hands on; `routing.safetensors` keeps the posterior's routing probabilities of every image, from
 which the driver decides what comes next (`tdiff.tree.growth`).
 
-Legend: B batch, M images, R nodes with routers.
+Legend: B batch, M images, R nodes with routers, L leaves, F numbers of an image's frozen features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,14 +32,20 @@ from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.seeds import seed_of
 from tdiff.tree.contrastive import decision_loss, feature_loss
-from tdiff.tree.growth import effective_leaves, leaf_reach, members, node_reach
+from tdiff.tree.growth import EFFECTIVE_SHARE, leaf_reach, members, node_reach
 from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
 from tdiff.tree.model import TreeVAE, evaluating, norms, pick
 from tdiff.tree.topology import Topology
-from tdiff.work.reading import as_images, open_split
+from tdiff.work.reading import as_images, device, open_split
 
 DECISION_BLOCK = 512
 """Images per forward pass where decisions are computed: fixed, so that the same weights give the same numbers."""
+
+LABELS = ".labels"
+"""Ends the name of a split's labels in routing.safetensors."""
+
+FROZEN_IN_MEMORY = 4_000_000_000
+"""Bytes of frozen features that a worker keeps in memory; more lie in a file on its disk."""
 
 Kind = Literal["root", "split", "refit", "finetune"]
 
@@ -72,10 +80,33 @@ def load_topology(url: str) -> Topology:
     return Topology.from_json(storage.read_text(storage.join(url, "tree.json")))
 
 
+class Decisions(NamedTuple):
+    """Where the end of a phase sends every image of a split, and what the images are, where that is known."""
+
+    left: NDArray[np.float32]
+    """[M, R] posterior probabilities of going left."""
+    labels: NDArray[np.int64] | None
+    """[M], None unless every image has one. Nothing that trains reads them."""
+
+
+def decisions_bytes(decisions: dict[str, Decisions]) -> bytes:
+    """routing.safetensors, the inverse of `load_decisions`."""
+    arrays: dict[str, NDArray[Any]] = {split: found.left for split, found in decisions.items()}
+    arrays |= {split + LABELS: found.labels for split, found in decisions.items() if found.labels is not None}
+    content: bytes = save_arrays(arrays)
+    return content
+
+
+def load_decisions(url: str) -> dict[str, Decisions]:
+    """routing.safetensors of a phase's folder, by split."""
+    found = {name: t.numpy() for name, t in storage.read_tensors(storage.join(url, "routing.safetensors")).items()}
+    splits = [name for name in found if not name.endswith(LABELS)]
+    return {split: Decisions(found[split], found.get(split + LABELS)) for split in splits}
+
+
 def load_routing(url: str, split: str) -> NDArray[np.float32]:
     """Posterior probabilities of going left, [M, R], of every image of a split, as the phase's end left them."""
-    routing: NDArray[np.float32] = storage.read_tensors(storage.join(url, "routing.safetensors"))[split].numpy()
-    return routing
+    return load_decisions(url)[split].left
 
 
 class TreeObjective(nn.Module):
@@ -99,7 +130,10 @@ class TreeObjective(nn.Module):
             reach = pick(walk.reach, [tree.top_down.index(node) for node in tree.choosing])
             terms["contrastive_decisions"] = decision_loss(walk.q_logits.T.sigmoid(), reach.T)
             terms["contrastive_features"] = feature_loss(model.projections(features))
-        return _weighed(tree_elbo(model, walk, images), self.alpha(step), self.contrastive, terms)
+        leaves = model.topology.leaves
+        reach = pick(walk.reach, [model.topology.top_down.index(leaf) for leaf in leaves])
+        loss, told = _weighed(tree_elbo(model, walk, images), self.alpha(step), self.contrastive, terms)
+        return loss, told | _shares(leaves, reach)
 
 
 class SplitObjective(nn.Module):
@@ -124,8 +158,8 @@ class SplitObjective(nn.Module):
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, model = batch["images"], self.model
-        if "reach" in batch:
-            frozen = Frozen(*(batch[name] for name in Frozen._fields))
+        if "frozen" in batch:
+            frozen = unpacked(batch["frozen"], model, self.node)
         else:
             with torch.no_grad():
                 frozen = frozen_features(model, self.node, images)
@@ -134,7 +168,20 @@ class SplitObjective(nn.Module):
         if self.contrastive:
             terms["contrastive_decisions"] = decision_loss(q_logit.sigmoid()[:, None], frozen.reach[:, None])
         elbo = split_elbo(model, self.node, frozen, images, rng, q_logit)
-        return _weighed(elbo, self.alpha(step), self.contrastive, terms)
+        loss, told = _weighed(elbo, self.alpha(step), self.contrastive, terms)
+        left, right = model.topology.children(self.node)
+        assert left is not None
+        assert right is not None
+        sides = torch.stack([q_logit.sigmoid(), (-q_logit).sigmoid()])
+        return loss, told | _shares((left, right), frozen.reach * sides)
+
+
+def _shares(leaves: Sequence[int], reach: Tensor) -> dict[str, Tensor]:
+    """Metrics of reach [L, B] at the leaves: the share of the batch that each holds, and how many hold at least 1%."""
+    share = reach.detach().mean(1)
+    effective = (share >= EFFECTIVE_SHARE).sum().to(share.dtype)
+    named = {f"share/{leaf}": s for leaf, s in zip(leaves, share.unbind(), strict=True)}
+    return named | {"effective_leaves": effective}
 
 
 @dataclass(frozen=True)
@@ -172,15 +219,16 @@ def grow(phase: GrowingPhase, worker: Worker) -> None:
         model = TreeVAE(spec, Topology.root_with_two_leaves(phase.name))
     else:
         model = load_tree(phase.previous)
+    model.to(device())
 
-    task = (_split_task if phase.kind == "split" else _whole_tree_task)(phase, model, train)
+    task = (_split_task if phase.kind == "split" else _whole_tree_task)(phase, model, train, worker)
     outcome = engine.train(task, worker)
 
-    routing = {"train": routing_of(model, train, worker)}
+    decisions = {"train": decisions_of(model, train, worker)}
     if "test" in manifest.splits:
-        routing["test"] = routing_of(model, open_split(config, phase.data_url, "test"), worker)
+        decisions["test"] = decisions_of(model, open_split(config, phase.data_url, "test"), worker)
     if worker.rank == 0:
-        _finish(phase, model, routing, outcome)
+        _finish(phase, model, decisions, outcome)
 
 
 def _task(
@@ -223,12 +271,10 @@ class Views:
 
     phase: GrowingPhase
     order: Order
-    model: TreeVAE
 
     def __call__(self, step: int, ids: NDArray[np.int64], pixels: NDArray[np.uint8]) -> Tensor:
         """ids [B] in the data set, their pixels [B, I, H, H] -> [B or 2B, I, H, H] in [0, 1]."""
-        device = next(self.model.parameters()).device  # where the engine has put it by now
-        images, config = as_images(pixels).to(device), self.phase.config
+        images, config = as_images(pixels).to(device()), self.phase.config
         recipe = RECIPES.get(config.tree.augmentation)
         if recipe is None:
             return images
@@ -237,7 +283,7 @@ class Views:
         return torch.cat([augment(images, recipe, u) for u in drawn])
 
 
-def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
+def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Worker) -> Task:
     tree = phase.config.tree
     epochs, rise = {
         "root": (tree.epochs.initial, tree.kl_step),
@@ -248,7 +294,7 @@ def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task
     images = Batches(train, order, epochs * order.steps_per_epoch)
     objective = TreeObjective(model, Annealing(order, tree.kl_start, rise), tree.contrastive, tree.reach_threshold)
     model.train()
-    views = Views(phase, order, model)
+    views = Views(phase, order)
 
     def batch(step: int, slot: int) -> Batch:
         return {"images": views(step, order.positions(step, slot), images(step, slot))}
@@ -256,7 +302,7 @@ def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task
     return _task(phase, order, epochs, objective, batch, model)
 
 
-def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
+def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Worker) -> Task:
     tree = phase.config.tree
     assert phase.leaf is not None
     assert phase.previous is not None
@@ -264,60 +310,101 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     ids = members(reach, model.topology.leaves.index(phase.leaf))
     order = _order(phase, train.counts(ids))
     still = tree.augmentation == "none"
-    frozen = _frozen_of(model, phase.leaf, train, ids) if still else None
+    frozen = frozen_of(model, phase.leaf, train, ids, worker) if still else None
     new = model.split(phase.leaf, phase.name)
     model.train_only(new)
     annealing = Annealing(order, tree.kl_start, tree.kl_step)
     objective = SplitObjective(model, phase.leaf, new, annealing, tree.contrastive)
     images = Batches(train, order, tree.epochs.split * order.steps_per_epoch, ids)
-    views = Views(phase, order, model)
+    views = Views(phase, order)
 
     def batch(step: int, slot: int) -> Batch:
         rows = order.positions(step, slot)
-        parts = {} if frozen is None else {name: part[rows] for name, part in frozen._asdict().items()}
-        return {"images": views(step, ids[rows], images(step, slot)), **parts}
+        known = {} if frozen is None else {"frozen": frozen[rows]}
+        return {"images": views(step, ids[rows], images(step, slot)), **known}
 
     return _task(phase, order, tree.epochs.split, objective, batch, model)
 
 
-def _frozen_of(model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64]) -> Frozen:
-    """What the frozen part of the tree says of a leaf's members, in fixed blocks; kept in this worker's memory."""
+def frozen_of(model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64], worker: Worker) -> Tensor:
+    """What the frozen part of the tree says of a leaf's members, [M, F] for `unpacked`: in fixed blocks of which each
+    worker computes every world-th, and all keep all of them, in memory or on disk (`FROZEN_IN_MEMORY`).
+    """
+    store: Tensor | None = None
     with evaluating(model):
-        starts = range(0, len(ids), DECISION_BLOCK)
-        blocks = [frozen_features(model, leaf, as_images(train.gather(ids[k : k + DECISION_BLOCK]))) for k in starts]
-    return Frozen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        for first in range(0, len(ids), DECISION_BLOCK * worker.world):
+            last = min(first + DECISION_BLOCK * worker.world, len(ids))
+            own = slice(
+                min(first + DECISION_BLOCK * worker.rank, last), min(first + DECISION_BLOCK * (worker.rank + 1), last)
+            )
+            rows = packed(frozen_features(model, leaf, as_images(train.gather(ids[own])).to(device())))
+            if store is None:
+                store = _storage(len(ids), rows.shape[1])
+            if worker.world > 1:
+                found = rows.new_zeros(last - first, rows.shape[1])
+                found[own.start - first : own.stop - first] = rows
+                dist.all_reduce(found)  # every row is one worker's numbers plus zeros, so the sum is exact
+                rows = found
+            store[first:last] = rows.cpu()
+    assert store is not None
+    return store
 
 
-def routing_of(model: TreeVAE, split: Reader, worker: Worker) -> NDArray[np.float32]:
-    """Routing probabilities [M, R] of all images in manifest order: in fixed blocks, each worker a stretch of them."""
+def _storage(rows: int, columns: int) -> Tensor:
+    """Room for float32 [rows, columns], in memory or, where that is too much of it, in a file that nobody else sees."""
+    if rows * columns * 4 <= FROZEN_IN_MEMORY:
+        return torch.empty(rows, columns)
+    with NamedTemporaryFile(prefix="tdiff-frozen-") as file:  # its disk space is free again when the tensor is gone
+        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
+
+
+def packed(frozen: Frozen) -> Tensor:
+    """All fields side by side, [B, F]."""
+    return torch.cat([field.reshape(len(field), math.prod(field.shape[1:])) for field in frozen], 1)
+
+
+def unpacked(rows: Tensor, model: TreeVAE, leaf: int) -> Frozen:
+    """The inverse of `packed` for the frozen features of a leaf."""
+    spec, path = model.spec, len(model.topology.path(leaf))
+    feature = (spec.feature_channels, spec.size, spec.size)
+    moments = (path, spec.latent_channels, spec.size, spec.size)
+    shapes = ((), feature, feature, moments, moments)
+    parts = rows.split([math.prod(shape) for shape in shapes], 1)
+    return Frozen(*(part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def decisions_of(model: TreeVAE, split: Reader, worker: Worker) -> Decisions:
+    """Decisions on all images in manifest order: in fixed blocks, each worker a stretch of them."""
     blocks = -(-len(split) // DECISION_BLOCK)
-    device = next(model.parameters()).device
-    routing = torch.zeros(len(split), len(model.topology.deciding), device=device)
+    left = torch.zeros(len(split), len(model.topology.deciding), device=device())
+    labels = torch.zeros(len(split), dtype=torch.int64, device=device())  # counted from 1; 0: there is none
     with evaluating(model):
         shares = [min(blocks * k // worker.world * DECISION_BLOCK, len(split)) for k in range(worker.world + 1)]
         first, last = shares[worker.rank : worker.rank + 2]
-        for place, pixels in split.blocks(first, last, DECISION_BLOCK):
-            routing[place] = model.routing(as_images(pixels).to(device))
+        for place, found in split.blocks(first, last, DECISION_BLOCK):
+            left[place] = model.routing(as_images(found.images).to(device()))
+            if found.labels is not None:
+                labels[place] = torch.from_numpy(found.labels + 1).to(device())
     if worker.world > 1:
-        dist.all_reduce(routing)  # every row is one worker's number plus zeros, so the sum is exact
-    return routing.cpu().numpy()
+        for part in (left, labels):
+            dist.all_reduce(part)  # every row is one worker's number plus zeros, so the sum is exact
+    return Decisions(left.cpu().numpy(), labels.cpu().numpy() - 1 if bool((labels > 0).all()) else None)
 
 
 def _finish(
     phase: GrowingPhase,
     model: TreeVAE,
-    routing: dict[str, NDArray[np.float32]],
+    decisions: dict[str, Decisions],
     outcome: engine.Outcome,
 ) -> None:
     """Rank 0 writes what the phase hands on, and its summary."""
     topology = model.topology
-    mass = {node: float(p.sum()) for node, p in node_reach(topology, routing["train"]).items()}
+    mass = {node: float(p.sum()) for node, p in node_reach(topology, decisions["train"].left).items()}
     model.topology = topology.with_samples(mass)
-    storage.write_bytes(storage.join(phase.url, "routing.safetensors"), save_arrays(routing))
+    storage.write_bytes(storage.join(phase.url, "routing.safetensors"), decisions_bytes(decisions))
     save_tree(phase.url, model)
     summary: dict[str, Any] = {
         "leaves": len(topology.leaves),
-        "effective_leaves": effective_leaves(leaf_reach(topology, routing["train"])),
         "seconds": outcome.seconds,
         "first_step_at": outcome.first_step_at,
         "last_step_at": outcome.last_step_at,

@@ -26,6 +26,11 @@ def open_split(config: Config, data_url: str, split: str) -> Reader:
     return Reader(data_url, manifest, split, root, int(data.cache_gb * 1e9), data.max_bad_samples)
 
 
+def device() -> torch.device:
+    """Where this process computes: its GPU, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def as_images(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 [B, I, H, H] -> float in [0, 1]."""
     return torch.from_numpy(pixels).float() / 255

@@ -39,7 +39,7 @@ from tdiff.seeds import generator
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
-from tdiff.work.reading import as_images
+from tdiff.work.reading import as_images, device
 
 Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
 MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves")
@@ -92,8 +92,7 @@ def _models(tree_url: str, diffusion_url: str) -> tuple[TreeVAE, Denoiser]:
     spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
     denoiser = Denoiser(spec)
     denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return tree.eval().requires_grad_(False).to(device), denoiser.eval().requires_grad_(False).to(device)
+    return tree.eval().requires_grad_(False).to(device()), denoiser.eval().requires_grad_(False).to(device())
 
 
 @lru_cache(maxsize=1)

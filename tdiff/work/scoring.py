@@ -23,10 +23,14 @@ from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
 from tdiff.evaluation.controls import kmeans, ward
 from tdiff.evaluation.frechet import Moments, frechet_distance
 from tdiff.seeds import seed_of
-from tdiff.tree.growth import leaf_reach
+from tdiff.tree.growth import effective_leaves, leaf_reach
 from tdiff.tree.topology import Topology
+from tdiff.work.growing import Decisions
 from tdiff.work.reading import as_images
 from tdiff.work.sampling import Samples
+
+WARD_IMAGES = 10_000
+"""Images that Ward is fitted to at most: its memory grows with their square (0.8 GB for so many)."""
 
 
 @contextmanager
@@ -47,7 +51,8 @@ def clustering(
     """The tree's scores on every labelled split, beside k-means' and Ward's on the same images of the test split.
 
     k-means is fitted to the training pixels and applied to the test images; Ward, which cannot be applied to new
-    images, is fitted to all of them. Both get the number of classes, which the tree is not told.
+    images, is fitted to the test images and as many of the training images before the first WARD_IMAGES are reached.
+    Both get the number of classes, which the tree is not told.
     """
     out: dict[str, dict[str, float]] = {}
     for split, images in splits.items():
@@ -60,8 +65,26 @@ def clustering(
         pixels, held_out = train.images.reshape(len(train), -1) / 255, test.images.reshape(len(test), -1) / 255
         _, clusters = kmeans(pixels, held_out, classes, seed_of("kmeans", seed) % 2**31)
         out["kmeans_test"] = _flat_scores(test.labels, clusters)
-        clusters = ward(np.concatenate([pixels, held_out]), classes)[len(pixels) :]
-        out["ward_test"] = _flat_scores(test.labels, clusters)
+        held_out = held_out[:WARD_IMAGES]
+        beside = pixels[: WARD_IMAGES - len(held_out)]
+        clusters = ward(np.concatenate([beside, held_out]), classes)[len(beside) :]
+        out["ward_test"] = _flat_scores(test.labels[:WARD_IMAGES], clusters) | {
+            "fitted_to": len(beside) + len(held_out)
+        }
+    return out
+
+
+def progress(topology: Topology, decisions: dict[str, Decisions]) -> dict[str, float]:
+    """A phase's numbers for its summary: every leaf's share of the training images (by node id), effective leaves, and
+    ACC and NMI of the splits whose images have labels.
+    """
+    reach = leaf_reach(topology, decisions["train"].left)
+    out: dict[str, float] = {f"share/{leaf}": float(p) for leaf, p in zip(topology.leaves, reach.mean(0), strict=True)}
+    out["effective_leaves"] = effective_leaves(reach)
+    for split, (left, labels) in decisions.items():
+        if labels is not None:
+            clusters = leaf_reach(topology, left).argmax(1)
+            out |= {f"acc_{split}": accuracy(labels, clusters), f"nmi_{split}": nmi(labels, clusters)}
     return out
 
 
