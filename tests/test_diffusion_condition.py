@@ -123,7 +123,7 @@ def test_autocast_does_not_blur_node_indices() -> None:
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_every_parameter_gets_a_gradient(condition: str, node_encoding: NodeEncoding) -> None:
     torch.manual_seed(0)
-    for null in {False, CONDITIONS[condition].embeds}:
+    for null in {False, condition != "none"}:
         net = awake(Denoiser(a_spec(condition, node_encoding, null)))
         drop = torch.tensor([True, False, False, False]) if null else None
         net(
@@ -146,6 +146,17 @@ def test_reconstruction_enters_as_minus_one_to_one() -> None:
     assert torch.equal(net(x, t, recon=recon * 10), net(x, t, recon=(recon * 10).clamp(0, 1)))
 
 
+@pytest.mark.parametrize("condition", ["recon", "recon+path"])
+def test_who_is_told_nothing_sees_no_reconstruction_either(condition: str) -> None:
+    net = awake(Denoiser(a_spec(condition, null=True)))
+    x, t, recon = torch.randn(4, 1, 8, 8), torch.arange(4), torch.rand(4, 1, 8, 8)
+    drop = torch.tensor([True, False, False, True])
+    told, other = net(x, t, a_path(), recon, drop), net(x, t, a_path(), 1 - recon, drop)
+    assert torch.equal(told[drop], other[drop])
+    assert not torch.equal(told[~drop], other[~drop])
+    assert torch.equal(told[~drop], net(x, t, a_path(), recon)[~drop])
+
+
 def test_same_seed_same_denoiser_same_output() -> None:
     outputs = []
     for _ in range(2):
@@ -163,7 +174,7 @@ def test_missing_inputs_are_named() -> None:
         Denoiser(a_spec("recon+path"))(x, t, a_path())
     with pytest.raises(ValueError, match=r"'recon\+path' needs path"):
         Denoiser(a_spec("recon+path"))(x, t, None, x)
-    with pytest.raises(ValueError, match="'none' has no embedding"):
+    with pytest.raises(ValueError, match="no null condition"):
         Denoiser(a_spec("none"))(x, t, drop=torch.ones(4, dtype=torch.bool))
 
 

@@ -532,6 +532,35 @@ def test_path_gathers_what_a_plain_loop_gathers(topology):
     close(path.reach, torch.stack([visits[leaf].reach for leaf in topology.leaves], 1))
 
 
+@TREES
+@torch.no_grad()
+def test_below_a_node_the_prior_goes_on_from_an_image(topology):
+    tree, x = lively(TreeVAE(GREY, topology)).float(), images(GREY, 400).float()
+    walked = tree.walk(x, torch.Generator().manual_seed(0))
+    found = tree.redrawn_below(1, walked, torch.Generator().manual_seed(1))
+    assert list(found) == list(topology.top_down)
+    for node in topology.top_down:
+        kept = node == 1 or 1 not in topology.path(node)
+        assert torch.equal(found[node].z, walked[node].z) == kept, node
+        if not kept:
+            parent = topology[node].parent
+            mean, variance = tree.transformation(node, found[parent].z)
+            torch.testing.assert_close((found[node].q_mean, found[node].q_variance), (mean, variance))
+            noise = (found[node].z - mean) / variance.sqrt()
+            assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
+    below = topology.leaves_below(1)
+    torch.testing.assert_close(sum(found[leaf].reach for leaf in below), walked[1].reach)
+    path = tree.path(found, torch.Generator().manual_seed(2), within=1)
+    assert {topology.leaves[k] for k in path.leaf.tolist()} == set(below)
+
+
+@torch.no_grad()
+def test_a_path_within_a_leaf_ends_there_however_improbable():
+    tree, x = lively(TreeVAE(GREY, FOUR_LEAVES)), images(GREY, 50)
+    for k, leaf in enumerate(FOUR_LEAVES.leaves):
+        assert set(tree.path(tree.walk(x), within=leaf).leaf.tolist()) == {k}
+
+
 @torch.no_grad()
 def test_path_to_a_given_leaf():
     tree, x = lively(TreeVAE(GREY, FOUR_LEAVES)), images(GREY, 4)

@@ -71,7 +71,8 @@ class DenoiserSpec:
 
     condition: a key of CONDITIONS. node_encoding: f_node reads the breadth-first position as one raw number
     ("index", the public code) or a learned vector a node ("embedding"). nodes: in the final tree. latent_size:
-    numbers in one latent, D * r * r. null: whether there is a learned null condition, for guidance. objective
+    numbers in one latent, D * r * r. null: whether samples can be told nothing, for guidance: a learned vector in
+    place of the embedding, 0 (grey) in place of the reconstruction. objective
     and timesteps: what the outputs mean and the length of the schedule, without which they cannot be read.
     """
 
@@ -98,8 +99,8 @@ class DenoiserSpec:
             )
         if told.embeds_latents and self.latent_size < 1:
             raise ValueError(f"latent_size is {self.latent_size}, but condition {self.condition!r} embeds latents")
-        if self.null and not told.embeds:
-            raise ValueError(f"null is set, but condition {self.condition!r} has no embedding that it could replace")
+        if self.null and not (told.embeds or told.recon):
+            raise ValueError(f"null is set, but condition {self.condition!r} tells nothing that it could replace")
         if self.unet.condition_channels != (expected := self.unet.channels if told.recon else 0):
             raise ValueError(
                 f"condition_channels is {self.unet.condition_channels}, "
@@ -219,16 +220,20 @@ class Denoiser(nn.Module):
         """Noisy images x_t [B, I, H, H] at steps t [B] -> predicted noise (or v), [B, I, H, H] float32.
 
         path and recon (the leaf's reconstruction, [B, I, H, H] in [0, 1]) are read only where the condition asks for
-        them. drop: [B] bool, samples told the null condition. Raises ValueError if what the condition needs is missing.
+        them. drop: [B] bool, samples told nothing of either. Raises ValueError if what the condition needs is missing.
         """
         told = self.spec.told
         if (told.recon and recon is None) or (told.embeds and path is None):
             raise ValueError(
                 f"condition {self.spec.condition!r} needs {'recon' if recon is None and told.recon else 'path'}"
             )
-        if drop is not None and self.path_encoder is None:
-            raise ValueError(f"samples are to be dropped, but condition {self.spec.condition!r} has no embedding")
+        if drop is not None and not self.spec.null:
+            raise ValueError("samples are to be dropped, but this denoiser has no null condition: train it with null")
         y = None if self.path_encoder is None else self.path_encoder(path, drop)
-        beside = (2 * recon - 1).clamp(-1, 1) if told.recon and recon is not None else None
+        beside = None
+        if told.recon and recon is not None:
+            beside = (2 * recon - 1).clamp(-1, 1)
+            if drop is not None:
+                beside = torch.where(drop[:, None, None, None], 0.0, beside)
         out: Tensor = self.unet(x_t, t, y, beside)
         return out

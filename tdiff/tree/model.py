@@ -409,23 +409,33 @@ class TreeVAE(nn.Module):
         """The same for `count` draws from the prior: reach follows the prior's routers."""
         device = next(self.parameters()).device
         shape = (count, self.spec.latent_channels, self.spec.size, self.spec.size)
-        tree, visits = self.topology, dict[int, Visit]()
-        reach = {0: torch.ones(count, device=device)}
-        for node in tree.top_down:
-            parent = tree[node].parent
-            mean, variance = torch.zeros(shape, device=device), torch.ones(shape, device=device)
-            if parent is not None:
-                mean, variance = self.transformation(node, visits[parent].z)
-            z = draw(mean, variance, rng)
-            logit = None
-            left, right = tree.children(node)
-            if left is not None and right is not None:
-                logit = self.prior_logit(node, z)
-                reach[left], reach[right] = reach[node] * logit.sigmoid(), reach[node] * (-logit).sigmoid()
-            elif (only := left if left is not None else right) is not None:
-                reach[only] = reach[node]
-            visits[node] = Visit(z, mean, variance, None, None, reach[node], None, logit)
-        return visits
+        mean, variance = torch.zeros(shape, device=device), torch.ones(shape, device=device)
+        reach = torch.ones(count, device=device)
+        return self.redrawn_below(0, {0: self._drawn(0, mean, variance, reach, rng)}, rng)
+
+    def redrawn_below(
+        self, node: int, visits: Mapping[int, Visit], rng: torch.Generator | None = None
+    ) -> dict[int, Visit]:
+        """Visits in which everything below `node` is drawn anew from the prior, given what `visits` found at `node`.
+
+        With the visits of an image's `walk`: what else there is in the part of the tree that it came to.
+        """
+        found = dict(visits)
+        for child in self.topology.top_down:
+            if child != node and node in self.topology.path(child):
+                parent = found[self._parent(child)]
+                reach = parent.reach
+                if parent.p_logit is not None:
+                    side = parent.p_logit if self.topology[child].side == "left" else -parent.p_logit
+                    reach = reach * side.sigmoid()
+                found[child] = self._drawn(child, *self.transformation(child, parent.z), reach, rng)
+        return found
+
+    def _drawn(self, node: int, mean: Tensor, variance: Tensor, reach: Tensor, rng: torch.Generator | None) -> Visit:
+        """A visit to `node` by a draw from its prior."""
+        z = draw(mean, variance, rng)
+        logit = self.prior_logit(node, z) if node in self.topology.deciding else None
+        return Visit(z, mean, variance, None, None, reach, None, logit)
 
     def decoded_together(self, leaves: Sequence[int], z: Tensor) -> Tensor:
         """The same for several leaves, [n, D, r, r, B] -> [B, n, I, H, H]."""
@@ -444,12 +454,21 @@ class TreeVAE(nn.Module):
         image = self.decoded(leaf, z)
         return image.sigmoid() if self.spec.likelihood == "bernoulli" else image.clamp(0, 1)
 
-    def path(self, visits: Mapping[int, Visit], rng: torch.Generator | None = None, leaf: Tensor | None = None) -> Path:
-        """Latents along one path per sample: to `leaf` [B] (indices), or to leaves drawn by the visits' reach."""
+    def path(
+        self,
+        visits: Mapping[int, Visit],
+        rng: torch.Generator | None = None,
+        leaf: Tensor | None = None,
+        within: int = 0,
+    ) -> Path:
+        """Latents along one path per sample: to `leaf` [B] (indices), or to leaves drawn by the visits' reach, among
+        those below the node `within`.
+        """
         tree = self.topology
         reach = torch.stack([visits[i].reach for i in tree.leaves], 1)  # [B, L]
         if leaf is None:
-            leaf = torch.multinomial(reach.clamp_min(1e-12), 1, generator=rng).squeeze(1)
+            open_to = torch.tensor([within in tree.path(i) for i in tree.leaves], device=reach.device)
+            leaf = torch.multinomial(reach.clamp_min(1e-12) * open_to, 1, generator=rng).squeeze(1)
         position = {node: k for k, node in enumerate(tree.top_down)}
         table = torch.full((len(tree.leaves), tree.depth + 1), -1, device=reach.device)
         for row, node in enumerate(tree.leaves):

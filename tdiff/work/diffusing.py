@@ -52,7 +52,7 @@ def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
         node_encoding=section.node_encoding,
         nodes=len(tree.topology.nodes),
         latent_size=spec.latent_channels * spec.size**2,
-        null=section.condition_dropout > 0 and told.embeds,
+        null=section.condition_dropout > 0 and (told.embeds or told.recon),
         objective=section.objective,
         timesteps=section.timesteps,
     )
