@@ -106,8 +106,20 @@ class Diffusion(Section):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.1, gt=0, lt=0.28, description="relative width (sigma_rel) of the power-function EMA")
     ema_decay: float | None = Field(None, ge=0, lt=1, description="constant decay of the EMA, instead of `ema`")
+    snapshots: int | None = Field(
+        None,
+        ge=0,
+        description="how often two EMAs are kept, for any other width afterwards; default: 16, with `ema_decay` 0",
+    )
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     checkpoint_images: int = Field(50_000, ge=1, description="images between resume checkpoints")
+
+    @property
+    def snapshot_count(self) -> int:
+        """How often training keeps the EMAs that others are rebuilt from."""
+        if self.snapshots is None:
+            return 16 if self.ema_decay is None else 0
+        return self.snapshots
 
 
 class Samples(Section):

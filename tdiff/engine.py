@@ -4,12 +4,12 @@ A stage hands over a `Task`: an objective, its batches, its schedule. The loop, 
 
     for each of this worker's slots: batch -> loss -> backward     (slots s = rank mod workers)
     average over the slots: a finite loss?, metrics, batch-norm statistics
-    update: clip, learning rate, optimizer, EMA
-    now and then: metrics, a resume checkpoint
+    update: clip, learning rate, optimizer, EMAs
+    now and then: metrics, snapshots of the EMAs, a resume checkpoint
 
 A global batch is `slots` fixed parts, so what a step computes does not depend on how many workers share
 them. State is a function of progress: batches and random draws follow from (seed, phase, step, slot), so a
-checkpoint is weights, optimizer moments, EMA and the step.
+checkpoint is weights, optimizer moments, EMAs and the step.
 
 Two back-ends with one interface: DeepSpeed (ZeRO, in a process group) and plain PyTorch (one process).
 """
@@ -22,12 +22,12 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,22 @@ class Averager(Protocol):
     averages: list[Tensor]
 
 
+class Snapshots(Protocol):
+    """Keeps averages as they are after some steps of training; only worker 0's is used."""
+
+    @property
+    def steps(self) -> Collection[int]: ...
+    @property
+    def tracks(self) -> Collection[str]:
+        """Names of the averages to keep."""
+
+    def start(self, step: int) -> None:
+        """Training goes on after so many steps: what a killed run kept of later ones is removed."""
+
+    def write(self, step: int, track: str, average: dict[str, Tensor]) -> None:
+        """Makes an average durable, as full named tensors on the CPU."""
+
+
 class StepNorm(Protocol):
     """A batch norm whose running statistics move once a step (`tdiff.tree.layers.SlotBatchNorm`)."""
 
@@ -93,7 +109,9 @@ class Task:
     """bf16 autocast over fp32 weights."""
     checkpoint_images: int = 500_000
     norms: Iterable[StepNorm] = ()
-    average: Callable[[list[Tensor]], Averager] | None = None
+    average: Callable[[list[Tensor]], Mapping[str, Averager]] | None = None
+    """The tensors that this worker's optimizer moves -> the averages to keep of them, by name."""
+    snapshots: Snapshots | None = None
     metrics_url: str | None = None
     log_every: int = 10
 
@@ -161,6 +179,24 @@ class PlainBackend:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class Piece(NamedTuple):
+    """The numbers start..start+size of a parameter, which lie from `place` on in a worker's master."""
+
+    name: str
+    start: int
+    size: int
+    master: int
+    place: int
+
+    def of(self, full: Tensor) -> Tensor:
+        """A view of these numbers of the whole parameter, [size]."""
+        return full.view(-1)[self.start : self.start + self.size]
+
+    def of_master(self, masters: list[Tensor]) -> Tensor:
+        """The same of masters, or of averages of them."""
+        return masters[self.master][self.place : self.place + self.size]
+
+
 class DeepSpeedBackend:
     """A DeepSpeed engine in the process group that is already up (Ray Train's)."""
 
@@ -217,44 +253,39 @@ class DeepSpeedBackend:
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
     def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
         if self.task.zero == 0:
             return dict(zip(self.parameters, averages, strict=True))
-        masters = self.masters()
-        # DeepSpeed gathers masters by name; so let the averages stand in their place while it does.
-        kept = [master.detach().clone() for master in masters]
-        try:
-            for master, average in zip(masters, averages, strict=True):
-                master.data.copy_(average)
-            return {name: safe_get_full_fp32_param(p).clone() for name, p in self.parameters.items()}
-        finally:
-            for master, value in zip(masters, kept, strict=True):
-                master.data.copy_(value)
+        # One collective for all parameters; every number is one worker's plus zeros, so the sum is exact.
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
+        flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=averages[0].device)
+        full = dict(zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True))
+        for piece in self._pieces():
+            piece.of(full[piece.name]).copy_(piece.of_master(averages))
+        dist.all_reduce(flat)
+        return {name: full[name].view(shape) for name, shape in shapes.items()}
 
     def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
         if self.task.zero == 0:
             for name, average in zip(self.parameters, averages, strict=True):
                 average.copy_(full[name])
             return
-        masters = self.masters()
-        kept = [master.detach().clone() for master in masters]
+        for piece in self._pieces():
+            piece.of_master(averages).copy_(piece.of(full[piece.name]))
+
+    def _pieces(self) -> Iterator[Piece]:
+        """What this worker's masters hold of each parameter, under ZeRO 1, 2 and 3."""
         for name, parameter in self.parameters.items():
-            self._set_master(parameter, full[name])
-        for master, average, value in zip(masters, averages, kept, strict=True):
-            average.copy_(master.data)
-            master.data.copy_(value)
-
-    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        if self.task.zero < 3:
-            safe_set_full_fp32_param(parameter, value)
-            return
-        # DeepSpeed's own fails where the workers do not divide a parameter evenly: the last part is padded.
-        share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
-        safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
+            p: Any = parameter
+            if self.task.zero == 3:
+                optimizer = self.engine.optimizer
+                master, place, share = optimizer.grad_position[optimizer.get_param_id(p)]
+                start = share * dist.get_rank()
+                size = min(share, p.ds_numel - start)  # the last shares are padded
+                if size > 0:
+                    yield Piece(name, start, size, master, place)
+            elif (held := p._hp_mapping) is not None:
+                here, there = held.lp_fragment_address, held.hp_fragment_address
+                yield Piece(name, here.start, here.numel, held.param_group_index, there.start)
 
     def save(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
@@ -303,11 +334,12 @@ def average_over_workers(values: list[Tensor], world: int) -> None:
 
 @dataclass
 class Outcome:
-    """What training leaves: averaged weights by name (empty without an EMA), and where the time went."""
+    """What training leaves: averages of the weights, and where the time went."""
 
-    averages: dict[str, Tensor]
+    averages: dict[str, dict[str, Tensor]]
+    """name of the average -> full named tensors on the CPU."""
     seconds: dict[str, float]
-    """Seconds spent on setup, train, and of the latter on data and checkpoint."""
+    """Seconds spent on setup, train, and of the latter on data, snapshots and checkpoint."""
     first_step_at: float
     """Unix time before the first step, and after the last one."""
     last_step_at: float
@@ -327,14 +359,17 @@ def train(task: Task, worker: Worker) -> Outcome:
         backend = DeepSpeedBackend(task, worker.world)
     else:
         backend = PlainBackend(task)
-    average = task.average(backend.masters()) if task.average else None
+    averages = dict(task.average(backend.masters())) if task.average else {}
+    snapshots = task.snapshots
     norms = list(task.norms)
     parts = MetricParts(task.metrics_url if worker.rank == 0 else None)
 
-    first = _restore(task, backend, average, worker)
+    first = _restore(task, backend, averages, worker)
     parts.drop_beyond(first)
+    if snapshots is not None and worker.rank == 0:
+        snapshots.start(first)
     checkpoint_steps = max(1, task.checkpoint_images // task.batch_size)
-    seconds = dict.fromkeys(("setup", "data", "checkpoint", "train"), 0.0)
+    seconds = dict.fromkeys(("setup", "data", "snapshots", "checkpoint", "train"), 0.0)
     seconds["setup"] = time.monotonic() - started
     first_step_at = time.time()
     device = next(task.objective.parameters()).device
@@ -367,10 +402,17 @@ def train(task: Task, worker: Worker) -> Outcome:
         values["grad_norm"] = backend.update(rate)
         if not math.isfinite(values["grad_norm"]):
             raise NonFiniteError(f"{task.phase}, step {step}: gradient not finite; the last checkpoint is kept")
-        if average is not None:
-            average.update(step + 1)
-
         done = step + 1
+        for average in averages.values():
+            average.update(done)
+        if snapshots is not None and done in snapshots.steps:
+            clock = time.monotonic()
+            for name in snapshots.tracks:
+                full = _gathered(backend, averages[name])
+                if worker.rank == 0:
+                    snapshots.write(done, name, full)
+            seconds["snapshots"] += time.monotonic() - clock
+
         counted += 1
         for name, value in values.items():
             sums[name] += value
@@ -386,14 +428,14 @@ def train(task: Task, worker: Worker) -> Outcome:
         if keep:
             clock = time.monotonic()
             parts.write(done)
-            _save(backend, average, worker, done)
+            _save(backend, averages, worker, done)
             seconds["checkpoint"] += time.monotonic() - clock
 
     parts.write(task.steps)
     seconds["train"] = time.monotonic() - started - seconds["setup"]
     last_step_at = time.time()
-    averages = backend.gathered(average.averages) if average is not None else {}
-    return Outcome(averages, seconds, first_step_at, last_step_at)
+    full_averages = {name: _gathered(backend, average) for name, average in averages.items()}
+    return Outcome(full_averages, seconds, first_step_at, last_step_at)
 
 
 def _show_progress(task: Task, first: int, done: int, loss: float, seconds: float) -> None:
@@ -406,22 +448,30 @@ def _show_progress(task: Task, first: int, done: int, loss: float, seconds: floa
     )
 
 
-def _save(backend: Backend, average: Averager | None, worker: Worker, step: int) -> None:
-    """A resume checkpoint: weights and moments by the back-end, the EMA as full named fp32 tensors, the step."""
-    full = backend.gathered(average.averages) if average is not None else {}
+def _gathered(backend: Backend, average: Averager) -> dict[str, Tensor]:
+    """An average as full named tensors on the CPU; called by all workers."""
+    return {name: tensor.cpu().contiguous() for name, tensor in backend.gathered(average.averages).items()}
+
+
+def _average_file(directory: Path, name: str) -> Path:
+    return directory / f"ema-{name}.safetensors"
+
+
+def _save(backend: Backend, averages: Mapping[str, Averager], worker: Worker, step: int) -> None:
+    """A resume checkpoint: weights and moments by the back-end, the EMAs as full named fp32 tensors, the step."""
     with TemporaryDirectory(prefix="tdiff-checkpoint-") as folder:
         directory = Path(folder)
         backend.save(directory)
+        for name, average in averages.items():
+            full = _gathered(backend, average)
+            if worker.rank == 0:
+                save_file(full, _average_file(directory, name))
         if worker.rank == 0:
-            if full:
-                save_file(
-                    {name: tensor.cpu().contiguous() for name, tensor in full.items()}, directory / "ema.safetensors"
-                )
             (directory / "progress.json").write_text(json.dumps({"step": step, "world": worker.world}))
         worker.keep(directory)
 
 
-def _restore(task: Task, backend: Backend, average: Averager | None, worker: Worker) -> int:
+def _restore(task: Task, backend: Backend, averages: Mapping[str, Averager], worker: Worker) -> int:
     """Goes back to the worker's checkpoint, if it has one: the number of steps already done."""
     with worker.restored() as directory:
         if directory is None:
@@ -433,7 +483,7 @@ def _restore(task: Task, backend: Backend, average: Averager | None, worker: Wor
                 f"set workers={progress['world']}."
             )
         backend.load(directory)
-        if average is not None:
-            backend.scatter(average.averages, load_file(directory / "ema.safetensors"))
+        for name, average in averages.items():
+            backend.scatter(average.averages, load_file(_average_file(directory, name)))
     step: int = progress["step"]
     return step

@@ -30,7 +30,7 @@ from tdiff.work import drawing, scoring
 from tdiff.work.growing import load_routing, load_topology
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
-from tdiff.work.sampling import MODES, SampleJob, draw_shard, read_samples, time_grid
+from tdiff.work.sampling import MODES, SampleJob, draw_shard, evaluations, read_samples
 
 Progress = Callable[[int, int], None]
 Settings = dict[str, Any]
@@ -140,7 +140,7 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
     manifest = {
         "job": _settings(job),
         "samples": sum(shard.samples for shard in shards),
-        "network_evaluations": len(time_grid(job.grid, spec.timesteps, job.steps)),
+        "network_evaluations": evaluations(job, spec),
         "shards": [asdict(shard) for shard in shards],
     }
     storage.write_text(storage.join(job.url, "manifest.json"), json.dumps(manifest, indent=1) + "\n")

@@ -77,6 +77,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.clip": (0.5, True),
     "diffusion.ema": (0.05, True),
     "diffusion.ema_decay": (0.999, True),
+    "diffusion.snapshots": (4, True),
     "diffusion.zero": (2, True),
     "diffusion.checkpoint_images": (1000, False),
     "samples.per_leaf": (10, True),

@@ -5,8 +5,9 @@ Promises 2 and 3 of DESIGN.md, on the real tasks of the product (root, split, di
     golden       losses of the plain back-end are those recorded in tests/golden (after a change that is MEANT to
                  move them: TDIFF_RECORD_GOLDEN=1 pytest tests/test_engine.py -k golden, and say why in the commit)
     Adam         DeepSpeed's update is torch.optim.Adam with L2, not AdamW
-    workers      plain = DeepSpeed with 1, 2 and 4 workers = ZeRO 0, 1, 2, 3: losses, batch-norm statistics, EMA
-    resume       killed and resumed equals straight through, bit for bit, metric lines included
+    workers      plain = DeepSpeed with 1, 2 and 4 workers = ZeRO 0, 1, 2, 3: losses, batch-norm statistics, EMAs and
+                 their snapshots
+    resume       killed and resumed equals straight through, bit for bit, metric lines and EMA snapshots included
     non-finite   stops every worker before the update
     split        trains every new parameter, and nothing else moves
 
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from tdiff import engine, storage
 from tdiff.config import Config, validated
 from tdiff.data.sources import Source, Split, digits
-from tdiff.diffusion.ema import gamma_from_width
+from tdiff.diffusion.ema import TRACKS, gamma_from_width, snapshot_steps
 from tdiff.engine import Batch, NonFiniteError, Task
 from tdiff.errors import ConfigError
 from tdiff.packing import pack
@@ -51,10 +52,13 @@ from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import DiffusionPhase, diffuse
 from tdiff.work.growing import GrowingPhase, grow, save_tree
+from tdiff.work.snapshots import file_name, rebuild
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORD = os.environ.get("TDIFF_RECORD_GOLDEN") == "1"
-EMA_WIDTH = 0.1
+EMA_WIDTH = 0.2  # no track of which snapshots are kept, so that training follows three averages
+WIDTHS = (*TRACKS, EMA_WIDTH)
+SNAPSHOTS = 5
 IMAGES = 512  # so few that 50 steps are several epochs
 
 Tensors = dict[str, Tensor]
@@ -96,7 +100,8 @@ class Result:
     weights: Tensors
     """Parameters and buffers at the end, partitions gathered."""
     trained: set[str]
-    averages: Tensors = field(default_factory=dict)
+    averages: dict[str, Tensors] = field(default_factory=dict)
+    """width -> average"""
     history: list[Tensors] = field(default_factory=list)
     """Trained weights after every step, where asked for."""
     error: str = ""
@@ -139,7 +144,7 @@ def small_config(slots: int = 4, zero: int = 1) -> Config:
         "warmup_images": 320,
         "zero": zero,
     }
-    return validated({"tree": tree, "diffusion": diffusion | {"ema": EMA_WIDTH}})
+    return validated({"tree": tree, "diffusion": diffusion | {"ema": EMA_WIDTH, "snapshots": SNAPSHOTS}})
 
 
 def task_of(job: Job) -> Task:
@@ -179,6 +184,9 @@ def task_of(job: Job) -> Task:
     if job.nan_at is not None:
         task.objective.register_forward_hook(spoil)
 
+    if task.snapshots is not None:
+        steps = snapshot_steps(job.steps, SNAPSHOTS)
+        task = dataclasses.replace(task, snapshots=dataclasses.replace(task.snapshots, steps=steps))
     if job.still:
         task = dataclasses.replace(task, learning_rate=lambda step: 0.0)
     return dataclasses.replace(
@@ -391,9 +399,9 @@ def by_workers(home: Path, launch: Launch) -> Callable[[int], dict[str, list[Res
     return by_workers
 
 
-def power_average(history: list[Tensors]) -> Tensors:
-    """The EMA that sampling uses, in float64 and in closed form, from the weights after each of t steps."""
-    steps, power = len(history), gamma_from_width(EMA_WIDTH) + 1
+def power_average(history: list[Tensors], width: float) -> Tensors:
+    """An EMA in float64 and in closed form, from the weights after each of t steps."""
+    steps, power = len(history), gamma_from_width(width) + 1
     shares = [(i / steps) ** power - ((i - 1) / steps) ** power for i in range(1, steps + 1)]
     return {n: sum(s * h[n].double() for s, h in zip(shares, history, strict=True)).float() for n in history[0]}
 
@@ -402,7 +410,9 @@ def assert_same_everywhere(results: list[Result]) -> None:
     """All workers hold the same weights, buffers and averages, to the last bit."""
     for result in results[1:]:
         assert_identical(result.weights, results[0].weights)
-        assert_identical(result.averages, results[0].averages)
+        assert result.averages.keys() == results[0].averages.keys()
+        for name, average in result.averages.items():
+            assert_identical(average, results[0].averages[name])
 
 
 def assert_identical(found: Tensors, expected: Tensors) -> None:
@@ -454,30 +464,77 @@ def test_running_statistics_stay_together_in_training(plain, by_workers, kind: s
     assert_close({n: found[n] for n in statistics}, {n: expected[n] for n in statistics}, rtol=1e-3, atol=1e-5)
 
 
+def assert_averages(found: dict[str, Tensors], history: list[Tensors], rtol: float, atol: float) -> None:
+    """The EMAs that training follows, against their closed form from the weights after every step."""
+    assert found.keys() == {str(width) for width in WIDTHS}
+    for width in WIDTHS:
+        assert_close(found[str(width)], power_average(history, width), rtol, atol)
+
+
+def assert_snapshots(job: Job, history: list[Tensors], rtol: float, atol: float) -> None:
+    """The snapshots that training kept, against the same."""
+    steps = snapshot_steps(job.steps, SNAPSHOTS)
+    assert list(snapshots(job)) == sorted([file_name(s, w) for s in steps for w in TRACKS] + ["index.json"])
+    for step in steps:
+        for width in TRACKS:
+            found = storage.read_tensors(str(job.folder / "ema" / file_name(step, width)))
+            expected = power_average(history[:step], width)
+            assert_close(found, {n.removeprefix("denoiser."): t for n, t in expected.items()}, rtol, atol)
+
+
+def snapshots(job: Job) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((job.folder / "ema").iterdir())}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_snapshots_do_not_depend_on_the_workers(home, plain, by_workers, world: int) -> None:
+    by_workers(world)
+    reference = plain.phases["diffusion"]
+    history = [{n: h[n] for n in reference.trained} for h in reference.history]
+    assert_snapshots(parity_job(home, "diffusion", "plain"), history, rtol=1e-5, atol=1e-6)
+    assert_snapshots(parity_job(home, "diffusion", str(world)), history, rtol=1e-4, atol=1e-5)
+
+
+def test_a_width_that_was_not_followed_is_rebuilt(home, plain) -> None:
+    """In one call from what the product left: to 2% of the way from the last weights, for so few snapshots."""
+    reference = plain.phases["diffusion"]
+    history = [{n: h[n] for n in reference.trained} for h in reference.history]
+    found = rebuild(str(parity_job(home, "diffusion", "plain").folder), 0.07)
+    expected = {n.removeprefix("denoiser."): t for n, t in power_average(history, 0.07).items()}
+    last = {n.removeprefix("denoiser."): t for n, t in history[-1].items()}
+    assert found.keys() == expected.keys()
+    apart = sum((found[n] - expected[n]).square().sum() for n in expected) ** 0.5
+    away = sum((last[n] - expected[n]).square().sum() for n in expected) ** 0.5
+    assert apart < 0.02 * away
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ema_does_not_depend_on_the_workers(plain, by_workers, world: int) -> None:
     reference = plain.phases["diffusion"]
     assert len(reference.history) == STEPS
     history = [{n: h[n] for n in reference.trained} for h in reference.history]
-    assert_close(reference.averages, power_average(history), rtol=1e-5, atol=1e-6)
-    expected = power_average(history[: SHORT if world == 1 else STEPS])
-    assert_close(by_workers(world)["diffusion"][0].averages, expected, rtol=1e-4, atol=1e-5)
-    moved = max((expected[n] - reference.initial[n]).abs().max().item() for n in expected)
-    assert moved > 1e-2, "the average must have gone further than the tolerance"
+    assert_averages(reference.averages, history, rtol=1e-5, atol=1e-6)
+    history = history[: SHORT if world == 1 else STEPS]
+    assert_averages(by_workers(world)["diffusion"][0].averages, history, rtol=1e-4, atol=1e-5)
+    for width in WIDTHS:
+        expected = power_average(history, width)
+        moved = max((expected[n] - reference.initial[n]).abs().max().item() for n in expected)
+        assert moved > 1e-2, "the average must have gone further than the tolerance"
 
 
 def test_zero_stages_are_equal(home, launch, plain) -> None:
-    """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMA as in closed form from the plain weights."""
+    """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMAs as in closed form from the plain weights."""
     jobs = [Job("diffusion", home, f"zero-{zero}", 12, zero=zero) for zero in range(4)]
     ranks = launch(2, train_all, jobs)
     history = plain.phases["diffusion"].history[: jobs[0].steps]
-    expected = power_average([{n: h[n] for n in plain.phases["diffusion"].trained} for h in history])
+    trained = [{n: h[n] for n in plain.phases["diffusion"].trained} for h in history]
     reference = losses(parity_job(home, "diffusion", "plain"))[: jobs[0].steps]
     for i, job in enumerate(jobs):
         results = [r[i] for r in ranks]
         assert_same_everywhere(results)
         np.testing.assert_allclose(losses(job), reference, rtol=1e-5)
-        assert_close(results[0].averages, expected, rtol=1e-4, atol=1e-5)
+        assert_averages(results[0].averages, trained, rtol=1e-4, atol=1e-5)
+        assert_snapshots(job, trained, rtol=1e-4, atol=1e-5)
         assert_close(results[0].weights, history[-1], rtol=1e-4, atol=1e-5)
 
 
@@ -514,16 +571,20 @@ def assert_resumed(straight: Job, lost: Job, results: tuple[Result, Result, Resu
     expected, killed, resumed = results
     assert killed.error.startswith("Lost")
     assert list(before) == [f"{step:09d}.jsonl" for step in (2, 4, 6)]
-    assert_identical(resumed.weights, expected.weights)
-    assert_identical(resumed.averages, expected.averages)
+    assert_same_everywhere([resumed, expected])
     assert parts(lost) == parts(straight)
     assert list(parts(straight)) == [f"{step:09d}.jsonl" for step in (2, 4, 6, 8)]
     losses(lost)  # every step once
+    if lost.kind == "diffusion":
+        assert snapshots(lost) == snapshots(straight)
+        assert len(snapshots(straight)) == 1 + SNAPSHOTS * len(TRACKS)
 
 
 def spoil(job: Job) -> None:
-    """Leaves what a run with other intervals would have: a part beyond the checkpoint that nothing overwrites."""
+    """Leaves what a run with other intervals would have: parts beyond the checkpoint that nothing overwrites."""
     (job.folder / "metrics" / "000000007.jsonl").write_text('{"step": 7, "loss": 0}\n')
+    if job.kind == "diffusion":
+        (job.folder / "ema" / file_name(6, TRACKS[0])).write_bytes(b"later")
 
 
 @pytest.mark.parametrize("kind", PHASES)

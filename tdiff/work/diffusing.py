@@ -1,6 +1,7 @@
 """Training the diffusion model of a finished tree, as every worker of its Ray job runs it.
 
-Reads the tree's folder and the shards; writes `ema.safetensors` and `unet.json`, all that sampling needs.
+Reads the tree's folder and the shards; writes `ema.safetensors` and `unet.json`, all that sampling needs, and
+snapshots of two EMAs from which any other width can be had (`tdiff.work.snapshots`).
 
 Legend: B batch, L leaves, I image channels, H image size.
 """
@@ -16,19 +17,23 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from tdiff import engine, storage
-from tdiff.config import Config
+from tdiff.config import Config, Diffusion
 from tdiff.data.order import Order
 from tdiff.data.stream import Batches
 from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
-from tdiff.diffusion.ema import Ema, constant_decay, gamma_from_width, power_decay
-from tdiff.diffusion.process import Schedule, denoising_loss, stratified_steps
-from tdiff.engine import Averager, Batch, Task, Worker
+from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_width, power_decay, snapshot_steps
+from tdiff.diffusion.process import make_process
+from tdiff.engine import Batch, Task, Worker
 from tdiff.seeds import seed_of
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.growing import load_tree
 from tdiff.work.reading import as_images, open_split
+from tdiff.work.snapshots import Snapshots
 
 PHASE = "diffusion"
+
+PREFIX = "denoiser."
+"""What the names of the denoiser's tensors begin with in the objective that is trained."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,12 @@ def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor
 class DiffusionObjective(nn.Module):
     """The denoising loss, each image told its own path through the frozen tree, drawn anew every time."""
 
-    def __init__(self, denoiser: Denoiser, tree: TreeVAE, condition_dropout: float):
+    def __init__(self, denoiser: Denoiser, tree: TreeVAE, condition_dropout: float, min_snr: float | None = None):
         super().__init__()
         self.denoiser = denoiser
         # In a tuple, so that it is no part of what is trained, moved, partitioned or saved.
         self._tree = (tree.eval().requires_grad_(False),)
-        self.schedule = Schedule(denoiser.spec.timesteps)
+        self.process = make_process(denoiser.spec.objective, denoiser.spec.timesteps, min_snr)
         self.condition_dropout = condition_dropout
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,14 +96,28 @@ class DiffusionObjective(nn.Module):
         if self.denoiser.spec.null:
             drop = torch.rand(len(images), generator=rng, device=images.device) < self.condition_dropout
         x0 = 2 * images - 1
-        t = stratified_steps(len(x0), self.schedule.steps, rng)
+        t = self.process.draw_times(len(x0), rng)
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
 
-        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
             output: Tensor = self.denoiser(x_t, t, path, recon, drop)
             return output
 
-        return denoising_loss(predict, self.schedule, x0, t, noise, self.denoiser.spec.objective).mean, {}
+        return self.process.loss(network, x0, t, noise).mean, {}
+
+
+def tracks_of(section: Diffusion) -> tuple[str, dict[str, Decay]]:
+    """The name of the EMA that is sampled, and the decays of all that training follows, by name.
+
+    The sampled one is always among them, for following it is exact and rebuilding it would not be.
+    """
+    widths = set(TRACKS) if section.snapshot_count else set()
+    if section.ema_decay is None:
+        widths.add(section.ema)
+    power = {str(width): power_decay(gamma_from_width(width)) for width in sorted(widths)}
+    if section.ema_decay is None:
+        return str(section.ema), power
+    return "constant", power | {"constant": constant_decay(section.ema_decay)}
 
 
 def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
@@ -119,9 +138,8 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     def batch(step: int, slot: int) -> Batch:
         return {"images": as_images(images(step, slot))}
 
-    def average(tensors: list[Tensor]) -> Averager:
-        width, decay = section.ema, section.ema_decay
-        return Ema(tensors, power_decay(gamma_from_width(width)) if decay is None else constant_decay(decay))
+    sampled, tracks = tracks_of(section)
+    kept = snapshot_steps(steps, section.snapshot_count)
 
     outcome = engine.train(
         Task(
@@ -137,17 +155,15 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
             zero=section.zero,
             autocast=phase.bf16,
             checkpoint_images=section.checkpoint_images,
-            average=average,
+            average=lambda tensors: {name: Ema(tensors, decay) for name, decay in tracks.items()},
+            snapshots=Snapshots(storage.join(phase.url, "ema"), kept, PREFIX) if kept else None,
             metrics_url=storage.join(phase.url, "metrics"),
         ),
         worker,
     )
     if worker.rank == 0:
-        weights = {name.removeprefix("denoiser."): tensor for name, tensor in outcome.averages.items()}
-        storage.write_bytes(
-            storage.join(phase.url, "ema.safetensors"),
-            save_tensors({name: tensor.cpu().contiguous() for name, tensor in weights.items()}),
-        )
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in outcome.averages[sampled].items()}
+        storage.write_bytes(storage.join(phase.url, "ema.safetensors"), save_tensors(weights))
         storage.write_text(storage.join(phase.url, "unet.json"), denoiser.spec.to_json() + "\n")
         summary = {
             "parameters": sum(p.numel() for p in denoiser.parameters()),

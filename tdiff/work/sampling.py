@@ -32,8 +32,8 @@ from tdiff.data.images import decoded, png_bytes
 from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Reader
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
-from tdiff.diffusion.process import Schedule
-from tdiff.diffusion.samplers import ddim, ddpm, noise_from, quadratic_grid, uniform_grid
+from tdiff.diffusion.process import Process, Time, make_process
+from tdiff.diffusion.samplers import Grid, Sampler, network_evaluations, noise_from, run_sampler, time_grid
 from tdiff.errors import DataError
 from tdiff.seeds import generator
 from tdiff.tree.model import Path, TreeVAE, Visit
@@ -62,8 +62,8 @@ class SampleJob:
     seed: int
     batch: int
     steps: int
-    sampler: Literal["ddim", "ddpm"]
-    grid: Literal["quadratic", "uniform"]
+    sampler: Sampler
+    grid: Grid
     bf16: bool
     leaves: int
     leaf: int | None = None
@@ -183,27 +183,29 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def time_grid(name: str, timesteps: int, steps: int) -> list[int]:
-    """The falling time steps at which the network is evaluated."""
-    return (quadratic_grid if name == "quadratic" else uniform_grid)(timesteps, steps)
+def _process_and_grid(job: SampleJob, spec: DenoiserSpec) -> tuple[Process, list[Time]]:
+    """The denoiser's process and the falling times of the job's grid."""
+    process = make_process(spec.objective, spec.timesteps)
+    return process, time_grid(process, job.grid, job.steps)
+
+
+def evaluations(job: SampleJob, spec: DenoiserSpec) -> int:
+    """How often the network is asked about each sample of a job."""
+    return network_evaluations(job.sampler, *_process_and_grid(job, spec))
 
 
 def _denoised(
     job: SampleJob, denoiser: Denoiser, start: Tensor, path: Path, own: Tensor, rng: torch.Generator
 ) -> Tensor:
     """Samples [B, I, H, H] in [-1, 1] from the noise `start`, told path and reconstruction."""
-    spec = denoiser.spec
-    schedule = Schedule(spec.timesteps)
-    steps = time_grid(job.grid, spec.timesteps, job.steps)
+    process, grid = _process_and_grid(job, denoiser.spec)
 
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=job.bf16):
-            output = denoiser(x_t, t, path, own)
-        return schedule.to_noise(spec.objective, x_t, t, output.float())
+            output: Tensor = denoiser(x_t, t, path, own)
+        return output
 
-    if job.sampler == "ddpm":
-        return ddpm(predict, start, schedule, steps, noise_from(rng))
-    return ddim(predict, start, schedule, steps)
+    return run_sampler(job.sampler, process.predictor(network), start, process, grid, noise_from(rng))
 
 
 @dataclass(frozen=True)
