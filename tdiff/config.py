@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from tdiff.diffusion.condition import CONDITIONS
+from tdiff.diffusion.process import Objective, make_process
+from tdiff.diffusion.samplers import Grid, Sampler, Start
 from tdiff.diffusion.unet import UNetSpec
 from tdiff.errors import ConfigError
 from tdiff.tree.model import TreeSpec
@@ -91,7 +93,8 @@ class Diffusion(Section):
     epochs: int | None = Field(None, ge=1, description="passes through the training images; instead of `images`")
     condition: str = Field("path", description="what the U-Net is told")
     node_encoding: Literal["index", "embedding"] = "embedding"
-    objective: Literal["noise", "v"] = "noise"
+    objective: Objective = Field("noise", description="what the U-Net predicts; edm: preconditioned, in noise levels")
+    min_snr: float | None = Field(None, gt=0, description="gamma of the min-SNR weighting of noise and v, 5 is usual")
     timesteps: int = Field(1000, ge=2, description="T")
     width: int = Field(32, ge=8)
     multipliers: tuple[int, ...] = Field((1, 2), min_length=1)
@@ -126,9 +129,15 @@ class Samples(Section):
     per_leaf: int = Field(50, ge=1, description="images drawn for every leaf's grid")
     draws: int = Field(1500, ge=2, description="images drawn from the prior for the sample-quality numbers")
     draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
-    steps: int = Field(50, ge=2, description="points of the DDIM grid")
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    grid: Literal["quadratic", "uniform"] = "quadratic"
+    steps: int = Field(50, ge=2, description="times of the sampler's grid")
+    sampler: Sampler = "ddim"
+    grid: Grid = Field("quadratic", description="quadratic and uniform: in time steps; karras: in noise levels")
+    start: Start = Field("noise", description="recon: denoising starts from the leaf's noised reconstruction")
+    guidance: float = Field(0.0, ge=0, description="weight w of classifier-free guidance; needs condition_dropout")
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="noise levels between which guidance is active; default: everywhere"
+    )
+    ema: float | None = Field(None, gt=0, lt=0.28, description="width of the EMA to draw from; default: diffusion.ema")
     batch: int = Field(250, ge=1, description="images per shard, drawn in one batch")
 
 
@@ -195,10 +204,38 @@ class Config(Section):
             raise ValueError(
                 f"diffusion.condition={self.diffusion.condition!r} is not known: take one of {', '.join(CONDITIONS)}"
             )
-        if self.samples.steps > self.diffusion.timesteps:
+        try:
+            make_process(self.diffusion.objective, self.diffusion.timesteps, self.diffusion.min_snr)
+        except ValueError as error:
+            raise ValueError(f"diffusion.{error}") from error
+        if self.diffusion.objective == "edm" and self.samples.grid != "karras":
+            raise ValueError(
+                f"samples.grid={self.samples.grid} is one of time steps, and with diffusion.objective=edm there are "
+                "noise levels: take samples.grid=karras"
+            )
+        if self.diffusion.objective != "edm" and self.samples.steps > self.diffusion.timesteps:
             raise ValueError(
                 f"samples.steps={self.samples.steps} is more than diffusion.timesteps={self.diffusion.timesteps}: "
                 f"take at most {self.diffusion.timesteps}"
+            )
+        dropped = self.diffusion.condition_dropout > 0 and self.diffusion.condition != "none"
+        if self.samples.guidance and not dropped:
+            raise ValueError(
+                f"samples.guidance={self.samples.guidance:g} needs a model that is sometimes told nothing: take "
+                "diffusion.condition_dropout=0.1 and a condition with it"
+            )
+        if (interval := self.samples.guidance_interval) and not 0 <= interval[0] <= interval[1]:
+            raise ValueError(
+                f"samples.guidance_interval={list(interval)} must be two rising noise levels of at least 0"
+            )
+        if (
+            self.samples.ema is not None
+            and self.samples.ema != self.diffusion.ema
+            and not self.diffusion.snapshot_count
+        ):
+            raise ValueError(
+                f"samples.ema={self.samples.ema:g} is rebuilt from snapshots, and training keeps none: take "
+                "diffusion.snapshots=16"
             )
         return self
 

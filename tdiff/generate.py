@@ -7,9 +7,15 @@ import time
 from tdiff import cli, launch, results
 from tdiff.cli import console
 from tdiff.config import FOLDER_NAME
+from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
 from tdiff.runs import existing
 from tdiff.work.sampling import MODES
+
+
+def _plain(value: object) -> str:
+    """A value as part of a folder's name."""
+    return "_".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def main() -> None:
@@ -18,16 +24,25 @@ def main() -> None:
     parser.add_argument("--mode", default="sample", help=f"one of: {', '.join(MODES)} (default: sample)")
     parser.add_argument("--num", type=int, help="draws, or test images to reconstruct (default: samples.per_leaf)")
     parser.add_argument("--leaf", type=int, help="index of the leaf to draw (default: by the tree's probabilities)")
-    parser.add_argument("--steps", type=int, help="points of the sampler's grid of time steps")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), help="default: the run's samples.sampler")
+    parser.add_argument("--node", type=int, help="id of a node: draw below it, or go on below it from an image's path")
+    parser.add_argument("--steps", type=int, help="times of the sampler's grid")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's samples.sampler")
+    parser.add_argument("--grid", choices=GRIDS, help="default: the run's samples.grid")
+    parser.add_argument("--start", choices=STARTS, help="noise, or the leaf's noised reconstruction")
+    parser.add_argument("--guidance", type=float, help="weight of classifier-free guidance; 0: none")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels where it is active"
+    )
+    parser.add_argument("--ema", type=float, help="width of the EMA to draw from, such as 0.07 (default: the run's)")
     parser.add_argument("--seed", type=int, help="default: the run's")
     parser.add_argument("--batch", type=int, help="images per shard; part of what a sample depends on")
     parser.add_argument("--workers", type=int, help="Ray workers (default: 2, or fewer CPUs)")
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
     arguments = parser.parse_args()
     run = existing(arguments.run)
-    settings = {key: getattr(arguments, key) for key in ("mode", "num", "leaf", "steps", "sampler", "seed", "batch")}
-    name = arguments.out or "-".join([f"{k}={v}" for k, v in settings.items() if v is not None])
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "workers", "out")}
+    given = {key: value for key, value in settings.items() if value is not None}
+    name = arguments.out or "-".join(f"{k}={_plain(v)}" for k, v in given.items())
     if not FOLDER_NAME.fullmatch(name):
         raise ConfigError(f"--out={name} is no plain name: it becomes a folder below RUN/samples.")
     if arguments.workers is not None and arguments.workers < 1:

@@ -13,20 +13,20 @@ from tdiff.opening import check_size, data_url
 from tdiff.pipeline import workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
-from tdiff.work.diffusing import denoiser_spec
+from tdiff.work.diffusing import denoiser_spec, tracks_of
 
 
-def bytes_per_rank(parameters: int, zero: int, workers: int) -> int:
-    """Bytes of fp32 weights, gradients, Adam's two moments and the EMA on one worker under a ZeRO stage.
+def bytes_per_rank(parameters: int, zero: int, workers: int, emas: int = 0) -> int:
+    """Bytes of fp32 weights, gradients, Adam's two moments and EMAs on one worker under a ZeRO stage.
 
-    ZeRO 1 shares moments, masters and EMA among the workers, 2 the gradients too, 3 the weights too. fp32 masters
+    ZeRO 1 shares moments, masters and EMAs among the workers, 2 the gradients too, 3 the weights too. fp32 masters
     beside the weights exist from ZeRO 1 on.
     """
     weights = gradients = 4 * parameters
-    moments_and_ema = 12 * parameters
+    moments_and_emas = (8 + 4 * emas) * parameters
     if zero == 0:
-        return weights + gradients + moments_and_ema
-    partitioned = (moments_and_ema + 4 * parameters) / workers
+        return weights + gradients + moments_and_emas
+    partitioned = (moments_and_emas + 4 * parameters) / workers
     gradients_kept = gradients / workers if zero >= 2 else gradients
     weights_kept = weights / workers if zero == 3 else weights
     return int(weights_kept + gradients_kept + partitioned)
@@ -62,9 +62,11 @@ def main() -> None:
     whole = epochs.initial + refits * epochs.refit + epochs.final
     workers = workers_for(section.slots, default_workers(chosen.workers))
     rows = []
-    for name, model, zero, parts in (("tree", tree, 0, 1), ("diffusion", denoiser, section.zero, workers)):
+    emas = len(tracks_of(section)[1])
+    stages = (("tree", tree, 0, 1, 0), ("diffusion", denoiser, section.zero, workers, emas))
+    for name, model, zero, parts, averages in stages:
         count = sum(p.numel() for p in model.parameters())
-        memory = bytes_per_rank(count, zero, parts) / 1e6
+        memory = bytes_per_rank(count, zero, parts, averages) / 1e6
         steps = whole * per_epoch if name == "tree" else section.images // section.batch
         rows.append((name, f"{count:,}", f"{steps:,}", f"{memory:.1f}", str(zero), str(parts)))
     header = ("stage", "parameters", "steps of the whole network", "MB per worker but activations", "ZeRO", "workers")

@@ -31,6 +31,7 @@ from tdiff.work.growing import load_routing, load_topology
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
 from tdiff.work.sampling import MODES, SampleJob, draw_shard, evaluations, read_samples
+from tdiff.work.snapshots import recipe
 
 Progress = Callable[[int, int], None]
 Settings = dict[str, Any]
@@ -42,27 +43,50 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
     tree_url, diffusion_url = run.grown_tree, run.at("diffusion")
     if not storage.finished(diffusion_url):
         raise ConfigError(f"RUN {run.url} has no diffusion model yet: finish it with python -m tdiff.train.")
-    leaves = len(load_topology(tree_url).leaves)
+    topology = load_topology(tree_url)
+    spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
+    drawn_by = ("steps", "sampler", "grid", "start", "guidance", "guidance_interval", "ema")
     defaults: Settings = {
         "mode": "sample",
         "num": config.samples.per_leaf,
         "seed": config.seed,
         "leaf": None,
-        **{key: getattr(config.samples, key) for key in ("steps", "sampler", "grid")},
+        "node": None,
+        **{key: getattr(config.samples, key) for key in drawn_by},
     }
     chosen = defaults | {key: value for key, value in settings.items() if value is not None}
+    node, leaf = chosen["node"], chosen["leaf"]
+    if node is not None and node not in topology:
+        known = ", ".join(str(known.id) for known in topology.nodes)
+        raise ConfigError(f"node={node} does not exist: the tree of RUN {run.url} has nodes {known}.")
+    if node is not None and leaf is not None:
+        raise ConfigError(f"leaf={leaf} and node={node} exclude each other: leave one of them out.")
+    leaves = len(topology.leaves if node is None else topology.leaves_below(node))
     # Few images are one smaller shard: what a shard computes beyond them would be thrown away.
     per_draw = leaves if str(chosen["mode"]).endswith("all-leaves") else 1
     chosen.setdefault("batch", max(1, min(config.samples.batch, int(chosen["num"]) * per_draw)))
-    leaf, steps, most = chosen["leaf"], chosen["steps"], config.diffusion.timesteps
     if leaf is not None and not 0 <= leaf < leaves:
         raise ConfigError(f"leaf={leaf} does not exist: RUN {run.url} has leaves 0 to {leaves - 1}.")
     if chosen["mode"] not in MODES:
         raise ConfigError(f"mode={chosen['mode']} is not known: take one of {', '.join(MODES)}.")
     if leaf is not None and chosen["mode"].endswith("all-leaves"):
         raise ConfigError(f"leaf={leaf} has no effect with mode={chosen['mode']}: leave one of them out.")
-    if not 2 <= steps <= most:
+    steps, most = chosen["steps"], spec.timesteps
+    if spec.objective == "edm" and chosen["grid"] != "karras":
+        raise ConfigError(f"grid={chosen['grid']} is one of time steps, and this model has noise levels: take karras.")
+    if steps < 2 or (spec.objective != "edm" and steps > most):
         raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
+    if chosen["guidance"] and not spec.null:
+        raise ConfigError(
+            f"guidance={chosen['guidance']:g} needs a model that was sometimes told nothing: train one with "
+            "diffusion.condition_dropout=0.1."
+        )
+    if (interval := chosen["guidance_interval"]) and not 0 <= interval[0] <= interval[1]:
+        raise ConfigError(f"guidance_interval={list(interval)} must be two rising noise levels of at least 0.")
+    if chosen["ema"] == config.diffusion.ema and config.diffusion.ema_decay is None:
+        chosen["ema"] = None  # which is the one in ema.safetensors
+    if chosen["ema"] is not None:
+        recipe(diffusion_url, chosen["ema"])
     for key in ("num", "batch"):
         if chosen[key] < 1:
             raise ConfigError(f"{key}={chosen[key]} cannot be used: take 1 or more.")
@@ -99,17 +123,16 @@ def standard_jobs(run: Run) -> dict[str, SampleJob]:
 
 def _settings(job: SampleJob) -> Settings:
     """What a job's images depend on, besides the run itself."""
-    kept = asdict(job).items()
-    return {key: value for key, value in kept if not key.endswith("url") and key != "max_bad_samples"}
+    kept: Settings = json.loads(json.dumps(asdict(job)))  # as they come back from job.json
+    return {key: value for key, value in kept.items() if not key.endswith("url") and key != "max_bad_samples"}
 
 
 def unfinished(jobs: dict[str, SampleJob]) -> dict[str, SampleJob]:
     """The jobs that are not drawn yet. Raises ConfigError if another job's images lie in the folder of one."""
     missing = {}
     for name, job in jobs.items():
-        file = storage.join(job.url, "job.json")
-        if storage.exists(file) and (theirs := storage.read_json(file)) != _settings(job):
-            ours = _settings(job)
+        file, ours = storage.join(job.url, "job.json"), _settings(job)
+        if storage.exists(file) and (theirs := storage.read_json(file)) != ours:
             other = ", ".join(f"{key}={theirs.get(key)}" for key in ours if theirs.get(key) != ours[key])
             raise ConfigError(f"{job.url} holds samples of another job ({other}): choose another --out.")
         if not storage.finished(job.url):

@@ -63,6 +63,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.condition": ("recon+path", True),
     "diffusion.node_encoding": ("index", True),
     "diffusion.objective": ("v", True),
+    "diffusion.min_snr": (5.0, True),
     "diffusion.timesteps": (500, True),
     "diffusion.width": (16, True),
     "diffusion.multipliers": ([1, 2, 2], True),
@@ -86,13 +87,20 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "samples.steps": (20, True),
     "samples.sampler": ("ddpm", True),
     "samples.grid": ("uniform", True),
+    "samples.start": ("recon", True),
+    "samples.guidance": (0.5, True),
+    "samples.guidance_interval": ([0.5, 5.0], True),
+    "samples.ema": (0.07, True),
     "samples.batch": (100, True),
     "evaluation.likelihood_images": (10, False),
     "evaluation.likelihood_samples": (10, False),
 }
 
 
-NEEDS = {"tree.contrastive": ["tree.augmentation=cifar10"]}
+NEEDS = {
+    "tree.contrastive": ["tree.augmentation=cifar10"],
+    "samples.guidance": ["diffusion.condition_dropout=0.1"],
+}
 """Settings that cannot be changed alone."""
 
 
@@ -234,6 +242,10 @@ def test_other_keys_that_are_none(setting: str):
         ("tree.learning_rate=-1e-3", "-1e-3", "greater than 0"),
         ("diffusion.dropout=1", "1", "less than 1"),
         ("diffusion.ema=0.5", "0.5", "0.28"),
+        ("samples.ema=0.5", "0.5", "0.28"),
+        ("samples.guidance=-1", "-1", "0"),
+        ("samples.sampler=euler", "'euler'", "'dpm-solver++'"),
+        ("samples.guidance_interval=3", "3", "tuple"),
         ("samples.draws=1", "1", "2"),
         ("samples.steps=1", "1", "2"),
         # one of several
@@ -268,6 +280,15 @@ def test_a_wrong_value_is_named_with_its_remedy(setting: str, value: str, remedy
             ["samples.steps=1001", "diffusion.timesteps=1000"],
             ["samples.steps=1001", "diffusion.timesteps=1000", "at most 1000"],
         ),
+        (["diffusion.objective=edm"], ["samples.grid=quadratic", "diffusion.objective=edm", "samples.grid=karras"]),
+        (["diffusion.objective=edm", "diffusion.min_snr=5"], ["diffusion.min_snr is 5", "edm"]),
+        (["samples.guidance=1"], ["samples.guidance=1", "diffusion.condition_dropout=0.1"]),
+        (
+            ["samples.guidance=1", "diffusion.condition_dropout=0.1", "diffusion.condition=none"],
+            ["samples.guidance=1", "condition"],
+        ),
+        (["samples.guidance_interval=[5, 1]"], ["samples.guidance_interval=[5.0, 1.0]", "rising"]),
+        (["samples.ema=0.07", "diffusion.snapshots=0"], ["samples.ema=0.07", "diffusion.snapshots=16"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings: list[str], parts: list[str]):
@@ -284,6 +305,10 @@ def test_the_remedies_for_settings_that_do_not_fit_do_work():
         ["tree.max_leaves=65", "tree.features=8"],
         ["tree.max_leaves=64", "tree.features=7"],
         ["samples.steps=1000", "diffusion.timesteps=1000"],
+        ["diffusion.objective=edm", "samples.grid=karras", "samples.steps=2000"],
+        ["samples.guidance=1", "diffusion.condition_dropout=0.1"],
+        ["samples.ema=0.07"],
+        ["samples.ema=0.1", "diffusion.snapshots=0"],  # the one that is sampled anyway
     ):
         load(None, settings)
 

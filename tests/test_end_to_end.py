@@ -264,6 +264,11 @@ def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
         ("generate", [run.url, "--out", ".."], "is no plain name"),
         ("generate", [run.url, "--leaf", "9"], "leaf=9 does not exist"),
         ("generate", [run.url, "--steps", "1001"], "steps=1001"),
+        ("generate", [run.url, "--node", "99"], "node=99 does not exist"),
+        ("generate", [run.url, "--node", "1", "--leaf", "0"], "exclude each other"),
+        ("generate", [run.url, "--guidance", "1"], "diffusion.condition_dropout=0.1"),
+        ("generate", [run.url, "--guidance-interval", "3", "1"], "two rising noise levels"),
+        ("generate", [run.url, "--ema", "0.5"], "sigma_rel=0.5 cannot be rebuilt"),
         ("generate", [run.url, "--mode", "reconstruct", "--num", "298"], "297 test images"),
     ):
         done = command(module, *arguments, cwd=straight)

@@ -21,6 +21,7 @@ from tdiff import storage
 from tdiff.data.shards import Shard
 from tdiff.data.sources import Source, Split
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
+from tdiff.diffusion.ema import TRACKS
 from tdiff.diffusion.unet import UNetSpec
 from tdiff.errors import DataError
 from tdiff.packing import pack
@@ -30,12 +31,18 @@ from tdiff.tree.model import TreeSpec, TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.growing import as_images, load_tree, save_tree
 from tdiff.work.sampling import MODES, SampleJob, Samples, draw_shard, read_samples
+from tdiff.work.snapshots import Snapshots, file_name
 
 TOPOLOGY = Topology.root_with_two_leaves("00-root").split(1, "01-split-1")  # leaves 3, 4, 2
 PATHS = {0: [0, 1, 3], 1: [0, 1, 4], 2: [0, 2]}
 TEST_IMAGES = 7
 
 New = Callable[..., SampleJob]
+
+
+def weights_of(denoiser: Denoiser) -> dict[str, torch.Tensor]:
+    """Weights away from the first ones, whose output is 0."""
+    return {n: (t + 0.1 * torch.randn_like(t)).contiguous() for n, t in denoiser.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data += 0.3 * torch.randn_like(parameter)  # leaves that differ, routers that decide
     save_tree(str(folder / "tree"), tree)
     unet = UNetSpec(1, 8, width=8, multipliers=(1,), blocks=1, heads=1, condition_channels=1)
-    denoiser = Denoiser(DenoiserSpec(unet, "recon+path", "embedding", len(TOPOLOGY.nodes), 8, timesteps=20))
-    for parameter in denoiser.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)  # its output starts as 0
-    weights = {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}
-    storage.write_bytes(str(folder / "diffusion" / "ema.safetensors"), save_tensors(weights))
-    storage.write_text(str(folder / "diffusion" / "unet.json"), denoiser.spec.to_json())
+    spec = DenoiserSpec(unet, "recon+path", "embedding", len(TOPOLOGY.nodes), 8, null=True, timesteps=20)
+    url = str(folder / "diffusion")
+    kept = Snapshots(f"{url}/ema", [10, 20], "")
+    kept.start(0)
+    for step, width in itertools.product([10, 20], TRACKS):
+        kept.write(step, str(width), weights_of(Denoiser(spec)))
+    storage.write_bytes(f"{url}/ema.safetensors", save_tensors(weights_of(Denoiser(spec))))
+    storage.write_text(f"{url}/unet.json", spec.to_json())
     images = np.random.default_rng(0).integers(0, 256, (TEST_IMAGES, 1, 8, 8), dtype=np.uint8)
     pack(Source("noise", {"train": Split(images, None), "test": Split(images, None)}, None), str(folder / "data"), 100)
     return folder
@@ -77,7 +86,7 @@ def new(run: Path, tmp_path: Path) -> New:
             "leaves": 3,
         }
         places = {f"{name}_url": str(run / name) for name in ("tree", "diffusion", "data")}
-        return SampleJob(url=str(tmp_path / f"samples-{next(count)}"), **places, **{**defaults, **settings})
+        return SampleJob(url=str(tmp_path / f"samples-{next(count)}"), **{**places, **defaults, **settings})
 
     return job
 
@@ -135,9 +144,39 @@ def test_fewer_samples_are_the_first_of_more(new: New, mode: str):
     assert few.entries == many.entries[:kept]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 5}, {"steps": 6}, {"sampler": "ddpm"}, {"grid": "uniform"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"batch": 5},
+        {"steps": 6},
+        *({"sampler": sampler} for sampler in ("ddpm", "dpm-solver++", "unipc", "heun")),
+        *({"grid": grid} for grid in ("uniform", "karras")),
+        {"start": "recon"},
+        {"guidance": 1.0},
+        {"ema": 0.07},
+        {"node": 1, "leaves": 2},
+    ],
+)
 def test_what_a_sample_depends_on(new: New, change: dict[str, Any]):
     assert (everything(new()).images != everything(new(**change)).images).any()
+
+
+def test_guidance_that_is_nowhere_active_changes_nothing(new: New):
+    plain, nowhere = everything(new()), everything(new(guidance=1.0, guidance_interval=(1e6, 2e6)))
+    np.testing.assert_array_equal(plain.images, nowhere.images)
+    np.testing.assert_array_equal(plain.images, everything(new(guidance_interval=(0.0, 2.0))).images)
+
+
+def test_a_width_that_was_followed_draws_from_its_last_snapshot(new: New):
+    job = new(ema=TRACKS[0])
+    there = everything(job)
+    url = Path(job.diffusion_url)
+    other = url.with_name("copied")
+    other.mkdir(exist_ok=True)
+    (other / "unet.json").write_bytes((url / "unet.json").read_bytes())
+    (other / "ema.safetensors").write_bytes((url / "ema" / file_name(20, TRACKS[0])).read_bytes())
+    np.testing.assert_array_equal(there.images, everything(new(diffusion_url=str(other))).images)
 
 
 def test_no_two_draws_are_alike_within_or_between_shards(new: New):
@@ -225,6 +264,34 @@ def test_all_leaves_share_the_draw(new: New):
         np.testing.assert_array_equal(samples.treevae[leaf::3], alone.treevae)
         np.testing.assert_array_equal(reach[:, leaf], column(alone, "reach"))
     assert (samples.images[0::3] != samples.images[1::3]).any()
+
+
+# --- below a node ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sample", "reconstruct"])
+@pytest.mark.parametrize(("node", "below"), [(0, {0, 1, 2}), (1, {0, 1}), (2, {2}), (4, {1})])
+def test_samples_below_a_node_end_there(new: New, mode: str, node: int, below: set[int]):
+    samples = everything(new(mode=mode, num=TEST_IMAGES, node=node, leaves=len(below)))
+    assert set(column(samples, "leaf")) <= below
+    assert all(node in path for path in column(samples, "path"))
+
+
+def test_all_leaves_below_a_node(new: New):
+    job = new(mode="sample-all-leaves", num=3, batch=4, node=1, leaves=2)
+    samples = everything(job)
+    assert column(samples, "leaf") == [0, 1] * 3
+    assert column(samples, "index") == list(range(6))
+    assert column(samples, "draw") == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_image_keeps_its_path_down_to_the_node(new: New):
+    """The leaf of the posterior's own path, and of the prior's below the node, from the same latents above."""
+    below = everything(new(mode="reconstruct", num=TEST_IMAGES, batch=9, node=4, leaves=1))
+    whole = everything(new(mode="reconstruct", num=TEST_IMAGES, batch=9, leaf=1))
+    np.testing.assert_array_equal(below.treevae, whole.treevae)  # nothing lies below a leaf
+    redrawn = everything(new(mode="reconstruct", num=TEST_IMAGES, batch=9, node=0, leaf=1))
+    assert (redrawn.treevae != whole.treevae).any()
 
 
 # --- reconstruction ----------------------------------------------------------------------------------

@@ -217,7 +217,8 @@ class Denoiser(nn.Module):
         recon: Tensor | None = None,
         drop: Tensor | None = None,
     ) -> Tensor:
-        """Noisy images x_t [B, I, H, H] at steps t [B] -> predicted noise (or v), [B, I, H, H] float32.
+        """What a process tells the network (`Process.network_input`): images [B, I, H, H], a number for the time [B] ->
+        its answer, [B, I, H, H] float32.
 
         path and recon (the leaf's reconstruction, [B, I, H, H] in [0, 1]) are read only where the condition asks for
         them. drop: [B] bool, samples told nothing of either. Raises ValueError if what the condition needs is missing.

@@ -45,6 +45,8 @@ Sampler = Literal["ddim", "ddpm", "dpm-solver++", "unipc", "heun"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 Grid = Literal["quadratic", "uniform", "karras"]
 GRIDS: tuple[Grid, ...] = get_args(Grid)
+Start = Literal["noise", "recon"]
+STARTS: tuple[Start, ...] = get_args(Start)
 
 
 def noise_from(rng: torch.Generator) -> Noise:

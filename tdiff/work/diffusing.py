@@ -127,7 +127,7 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     tree = load_tree(phase.tree_url)
     torch.manual_seed(seed_of("init", config.seed, PHASE))
     denoiser = Denoiser(denoiser_spec(config, tree))
-    objective = DiffusionObjective(denoiser, tree, section.condition_dropout)
+    objective = DiffusionObjective(denoiser, tree, section.condition_dropout, section.min_snr)
     order = Order(train.counts(), section.batch, section.slots, config.seed, PHASE, config.data.block)
     steps = (
         max(1, section.images // section.batch) if section.epochs is None else section.epochs * order.steps_per_epoch

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -33,13 +33,24 @@ from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Reader
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
 from tdiff.diffusion.process import Process, Time, make_process
-from tdiff.diffusion.samplers import Grid, Sampler, network_evaluations, noise_from, run_sampler, time_grid
+from tdiff.diffusion.samplers import (
+    ALWAYS,
+    Grid,
+    Sampler,
+    Start,
+    guided,
+    network_evaluations,
+    noise_from,
+    run_sampler,
+    time_grid,
+)
 from tdiff.errors import DataError
 from tdiff.seeds import generator
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
 from tdiff.work.reading import as_images, device
+from tdiff.work.snapshots import rebuild
 
 Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
 MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves")
@@ -50,7 +61,10 @@ class SampleJob:
     """What to draw: everything that the shards' contents depend on, and where they go.
 
     num: root draws (or test images to reconstruct); with all leaves, each gives L images.
-    leaf: index of the leaf to force, or None to draw it from the tree.
+    leaf: index of the leaf to force, or None to draw it from the tree. node: id of the node below which leaves are
+    drawn; where test images are reconstructed, their own path ends there, and the prior goes on. leaves: how many there
+    are to draw. start: what denoising starts from. guidance: weight, and interval of noise levels in which it is active.
+    ema: width of the average whose weights draw, None: that of ema.safetensors.
     """
 
     url: str
@@ -67,6 +81,11 @@ class SampleJob:
     bf16: bool
     leaves: int
     leaf: int | None = None
+    node: int | None = None
+    start: Start = "noise"
+    guidance: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    ema: float | None = None
     max_bad_samples: int = 0
 
     @property
@@ -86,12 +105,15 @@ class SampleJob:
 
 
 @lru_cache(maxsize=1)
-def _models(tree_url: str, diffusion_url: str) -> tuple[TreeVAE, Denoiser]:
+def _models(tree_url: str, diffusion_url: str, ema: float | None) -> tuple[TreeVAE, Denoiser]:
     """The two models, loaded once per worker and frozen."""
     tree = load_tree(tree_url)
     spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
     denoiser = Denoiser(spec)
-    denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
+    if ema is None:
+        denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
+    else:
+        denoiser.load_state_dict(rebuild(diffusion_url, ema))
     return tree.eval().requires_grad_(False).to(device()), denoiser.eval().requires_grad_(False).to(device())
 
 
@@ -131,7 +153,7 @@ def _tar(job: SampleJob, shard: int) -> bytes:
 
 def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray[np.uint8], NDArray[np.uint8]]:
     """Entries, samples and TreeVAE images (uint8 [B, I, H, H] each) of one shard."""
-    tree, denoiser = _models(job.tree_url, job.diffusion_url)
+    tree, denoiser = _models(job.tree_url, job.diffusion_url, job.ema)
     device = next(tree.parameters()).device
     rng = generator("sample", job.seed, shard, device=device)
     first = shard * job.draws_per_shard
@@ -140,31 +162,36 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
         test = _test_images(job.data_url, job.max_bad_samples)
         rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
         visits = tree.walk(as_images(test.gather(rows)).to(device), rng)
+        if job.node is not None:
+            visits = tree.redrawn_below(job.node, visits, rng)
     else:
         visits = tree.descend(job.draws_per_shard, rng)
-    start = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)
+    noise = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)
 
     entries: list[dict[str, object]] = []
     samples, plain = [], []
     kept = min(job.num - first, job.draws_per_shard)
-    each = range(job.leaves) if job.mode.endswith("all-leaves") else [job.leaf]
-    for leaf in each:
+    node = 0 if job.node is None else job.node
+    each: Sequence[int | None] = [job.leaf]
+    if job.mode.endswith("all-leaves"):
+        each = [tree.topology.leaves.index(leaf) for leaf in tree.topology.leaves_below(node)]
+    for place, leaf in enumerate(each):
         chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=device)
-        path = tree.path(visits, rng, chosen)
+        path = tree.path(visits, rng, chosen, within=node)
         own = leaf_reconstruction(tree, visits, path.leaf)
-        images = _denoised(job, denoiser, start, path, own, rng)
+        images = _denoised(job, denoiser, noise, path, own, rng)
         samples.append(_pixels((images + 1) / 2)[:kept])
         plain.append(_pixels(own)[:kept])
-        entries += [_entry(job, tree, path, first + row, row, leaf) for row in range(kept)]
+        draws = range(first, first + kept)
+        entries += [_entry(job, tree, path, draw, row, draw * len(each) + place) for row, draw in enumerate(draws)]
     return entries, np.concatenate(samples), np.concatenate(plain)
 
 
-def _entry(job: SampleJob, tree: TreeVAE, path: Path, draw: int, row: int, leaf: int | None) -> dict[str, object]:
+def _entry(job: SampleJob, tree: TreeVAE, path: Path, draw: int, row: int, index: int) -> dict[str, object]:
     """What a sample's KEY.json says."""
     chosen = int(path.leaf[row])
-    all_leaves = job.mode.endswith("all-leaves")
     return {
-        "index": draw * job.leaves + chosen if all_leaves else draw,
+        "index": index,
         "draw": draw,
         "leaf": chosen,
         "path": list(tree.topology.path(tree.topology.leaves[chosen])),
@@ -191,21 +218,28 @@ def _process_and_grid(job: SampleJob, spec: DenoiserSpec) -> tuple[Process, list
 
 def evaluations(job: SampleJob, spec: DenoiserSpec) -> int:
     """How often the network is asked about each sample of a job."""
-    return network_evaluations(job.sampler, *_process_and_grid(job, spec))
+    return network_evaluations(
+        job.sampler, *_process_and_grid(job, spec), job.guidance, job.guidance_interval or ALWAYS
+    )
 
 
 def _denoised(
-    job: SampleJob, denoiser: Denoiser, start: Tensor, path: Path, own: Tensor, rng: torch.Generator
+    job: SampleJob, denoiser: Denoiser, noise: Tensor, path: Path, own: Tensor, rng: torch.Generator
 ) -> Tensor:
-    """Samples [B, I, H, H] in [-1, 1] from the noise `start`, told path and reconstruction."""
+    """Samples [B, I, H, H] in [-1, 1] from `noise`, told path and reconstruction."""
     process, grid = _process_and_grid(job, denoiser.spec)
+    nobody_told = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
 
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, drop: Tensor | None = None) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=job.bf16):
-            output: Tensor = denoiser(x_t, t, path, own)
+            output: Tensor = denoiser(x_t, t, path, own, drop)
         return output
 
-    return run_sampler(job.sampler, process.predictor(network), start, process, grid, noise_from(rng))
+    told = process.predictor(network)
+    untold = process.predictor(partial(network, drop=nobody_told))
+    predict = guided(told, untold, job.guidance, process, job.guidance_interval or ALWAYS)
+    x = noise if job.start == "noise" else process.q_sample(2 * own - 1, process.times(grid[0], noise), noise)
+    return run_sampler(job.sampler, predict, x, process, grid, noise_from(rng))
 
 
 @dataclass(frozen=True)
