@@ -114,6 +114,10 @@ class Diffusion(Section):
         ge=0,
         description="how often two EMAs are kept, for any other width afterwards; default: 16, with `ema_decay` 0",
     )
+    validations: int = Field(
+        8, ge=0, description="how often the loss is measured on the same held-out images and noise"
+    )
+    validation_images: int = Field(500, ge=1, description="how many images that takes, in whole batches")
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     checkpoint_images: int = Field(50_000, ge=1, description="images between resume checkpoints")
 
@@ -255,7 +259,7 @@ class Config(Section):
                 "precision": True,
                 "data": set(Data.model_fields) - {"block"},
                 "tree": {"run", "checkpoint_images"},
-                "diffusion": {"checkpoint_images"},
+                "diffusion": {"validations", "validation_images", "checkpoint_images"},
                 "evaluation": True,
             },
         )

@@ -78,6 +78,20 @@ class Snapshots(Protocol):
         """Makes an average durable, as full named tensors on the CPU."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The same batches with the same noise again and again, in evaluation mode, on the weights as they are by then."""
+
+    steps: Collection[int]
+    """After which steps."""
+    batches: int
+    """How many every slot has."""
+    batch: Callable[[int, int], Batch]
+    """(number, slot) -> tensors, as in `Task`."""
+    summary: Callable[[dict[str, float]], dict[str, float]]
+    """Means over all batches of the loss and of what the objective gives in evaluation mode -> metrics."""
+
+
 class StepNorm(Protocol):
     """A batch norm whose running statistics move once a step (`tdiff.tree.layers.SlotBatchNorm`)."""
 
@@ -112,6 +126,7 @@ class Task:
     average: Callable[[list[Tensor]], Mapping[str, Averager]] | None = None
     """The tensors that this worker's optimizer moves -> the averages to keep of them, by name."""
     snapshots: Snapshots | None = None
+    validation: Validation | None = None
     metrics_url: str | None = None
     log_every: int = 10
 
@@ -119,6 +134,7 @@ class Task:
 class Backend(Protocol):
     """How gradients become an update."""
 
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
     def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
     def update(self, learning_rate: float) -> float:
         """Moves the weights, unless the gradient's norm, which it returns, is not finite."""
@@ -142,10 +158,14 @@ class PlainBackend:
         self.parameters = _trainable(task.objective)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
 
-    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(iter(batch.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.task.autocast):
             loss, metrics = self.task.objective(batch, step, rng)
+        return loss, metrics
+
+    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.forward(batch, step, rng)
         (loss / self.task.slots).backward()
         return loss.detach(), metrics
 
@@ -224,8 +244,12 @@ class DeepSpeedBackend:
             dist_init_required=False,
         )
 
-    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.engine(batch, step, rng)
+        return loss, metrics
+
+    def backward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.forward(batch, step, rng)
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-step
@@ -339,7 +363,7 @@ class Outcome:
     averages: dict[str, dict[str, Tensor]]
     """name of the average -> full named tensors on the CPU."""
     seconds: dict[str, float]
-    """Seconds spent on setup, train, and of the latter on data, snapshots and checkpoint."""
+    """Seconds spent on setup, train, and of the latter on data, validation, snapshots and checkpoint."""
     first_step_at: float
     """Unix time before the first step, and after the last one."""
     last_step_at: float
@@ -369,7 +393,7 @@ def train(task: Task, worker: Worker) -> Outcome:
     if snapshots is not None and worker.rank == 0:
         snapshots.start(first)
     checkpoint_steps = max(1, task.checkpoint_images // task.batch_size)
-    seconds = dict.fromkeys(("setup", "data", "snapshots", "checkpoint", "train"), 0.0)
+    seconds = dict.fromkeys(("setup", "data", "validation", "snapshots", "checkpoint", "train"), 0.0)
     seconds["setup"] = time.monotonic() - started
     first_step_at = time.time()
     device = next(task.objective.parameters()).device
@@ -417,8 +441,13 @@ def train(task: Task, worker: Worker) -> Outcome:
         for name, value in values.items():
             sums[name] += value
         keep = done % checkpoint_steps == 0 and done < task.steps
-        if done % task.log_every == 0 or keep or done == task.steps:
+        validates = task.validation is not None and done in task.validation.steps
+        if done % task.log_every == 0 or keep or validates or done == task.steps:
             line = {name: total / counted for name, total in sums.items()}
+            if validates:
+                clock = time.monotonic()
+                line |= _validated(task, backend, worker, step)
+                seconds["validation"] += time.monotonic() - clock
             parts.add(step=done, images=done * task.batch_size, learning_rate=rate, **line)
             sums.clear()
             counted = 0
@@ -436,6 +465,25 @@ def train(task: Task, worker: Worker) -> Outcome:
     last_step_at = time.time()
     full_averages = {name: _gathered(backend, average) for name, average in averages.items()}
     return Outcome(full_averages, seconds, first_step_at, last_step_at)
+
+
+def _validated(task: Task, backend: Backend, worker: Worker, step: int) -> dict[str, float]:
+    """The metrics of the task's validation; called by all workers. Training goes on as if it had not been."""
+    assert task.validation is not None
+    device = next(task.objective.parameters()).device
+    found: list[dict[str, Tensor]] = []
+    task.objective.eval()
+    with torch.no_grad():
+        for number in range(task.validation.batches):
+            for slot in range(worker.rank, task.slots, worker.world):
+                batch = {name: part.to(device) for name, part in task.validation.batch(number, slot).items()}
+                rng = generator("validation", task.seed, task.phase, number, slot, device=device)
+                loss, terms = backend.forward(batch, step, rng)
+                found.append({"loss": loss, **terms})
+    task.objective.train()
+    scalars = torch.stack([value for one in found for value in one.values()]).view(len(found), -1).mean(0)
+    average_over_workers([scalars], worker.world)
+    return task.validation.summary(dict(zip(found[0], scalars.tolist(), strict=True)))
 
 
 def _show_progress(task: Task, first: int, done: int, loss: float, seconds: float) -> None:

@@ -79,6 +79,8 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.ema": (0.05, True),
     "diffusion.ema_decay": (0.999, True),
     "diffusion.snapshots": (4, True),
+    "diffusion.validations": (2, False),
+    "diffusion.validation_images": (100, False),
     "diffusion.zero": (2, True),
     "diffusion.checkpoint_images": (1000, False),
     "samples.per_leaf": (10, True),

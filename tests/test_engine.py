@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ from tdiff.diffusion.ema import TRACKS, gamma_from_width, snapshot_steps
 from tdiff.engine import Batch, NonFiniteError, Task
 from tdiff.errors import ConfigError
 from tdiff.packing import pack
+from tdiff.seeds import generator
 from tdiff.tracking import read_metrics
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
@@ -59,6 +62,7 @@ RECORD = os.environ.get("TDIFF_RECORD_GOLDEN") == "1"
 EMA_WIDTH = 0.2  # no track of which snapshots are kept, so that training follows three averages
 WIDTHS = (*TRACKS, EMA_WIDTH)
 SNAPSHOTS = 5
+VALIDATED = 12  # the step after which there is a validation
 IMAGES = 512  # so few that 50 steps are several epochs
 
 Tensors = dict[str, Tensor]
@@ -69,7 +73,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `engine.train`. kind: root, split or diffusion; name: folder of its metrics and checkpoints."""
+    """One call of `engine.train`. kind: root, split or refit ("views-": of two views in colour), or diffusion; name:
+    folder of its metrics and checkpoints.
+    """
 
     kind: str
     home: Path
@@ -132,8 +138,18 @@ class _Captured(Exception):
     pass
 
 
-def small_config(slots: int = 4, zero: int = 1) -> Config:
-    tree = {"features": 3, "max_leaves": 4, "latent_channels": 4, "feature_channels": 16, "batch": 64, "slots": slots}
+def small_config(slots: int = 4, zero: int = 1, views: bool = False) -> Config:
+    tree: dict[str, Any] = {
+        "features": 3,
+        "max_leaves": 4,
+        "latent_channels": 4,
+        "feature_channels": 16,
+        "batch": 64,
+        "slots": slots,
+    }
+    if views:
+        tree |= {"encoder": "cnn2", "likelihood": "gaussian", "residual": True, "augmentation": "cifar10"}
+        tree["contrastive"] = 100.0
     diffusion = {
         "width": 8,
         "multipliers": [1],
@@ -149,8 +165,10 @@ def small_config(slots: int = 4, zero: int = 1) -> Config:
 
 def task_of(job: Job) -> Task:
     """The task that the product itself would train, with the job's steps, checkpoints and mishaps."""
-    url, settings = str(job.folder), small_config(job.slots, job.zero)
-    start, data_url = str(job.home / "start"), str(job.home / "data")
+    views = job.kind.startswith("views-")
+    kind: Any = job.kind.removeprefix("views-")
+    url, settings = str(job.folder), small_config(job.slots, job.zero, views)
+    start, data_url = (str(job.home / f"{'colour-' if views else ''}{name}") for name in ("start", "data"))
     captured: list[Task] = []
 
     def capture(task: Task, worker: Any) -> Any:
@@ -160,10 +178,10 @@ def task_of(job: Job) -> Task:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(_Captured):
         patch.setattr(engine, "train", capture)
         worker = FolderWorker(0, 1, job.folder)
-        if job.kind == "root":
-            grow(GrowingPhase("00-root", "root", url, None, None, data_url, settings), worker)
-        elif job.kind == "split":
-            grow(GrowingPhase("01-split-1", "split", url, start, 1, data_url, settings), worker)
+        if kind in ("root", "split", "refit"):
+            name = {"root": "00-root", "split": "01-split-1", "refit": "02-refit"}[kind]
+            previous, leaf = None if kind == "root" else start, 1 if kind == "split" else None
+            grow(GrowingPhase(name, kind, url, previous, leaf, data_url, settings), worker)
         else:
             diffuse(DiffusionPhase(url, start, data_url, settings, bf16=False), worker)
     (task,) = captured
@@ -184,6 +202,8 @@ def task_of(job: Job) -> Task:
     if job.nan_at is not None:
         task.objective.register_forward_hook(spoil)
 
+    if task.validation is not None:
+        task = dataclasses.replace(task, validation=dataclasses.replace(task.validation, steps=[VALIDATED]))
     if task.snapshots is not None:
         steps = snapshot_steps(job.steps, SNAPSHOTS)
         task = dataclasses.replace(task, snapshots=dataclasses.replace(task.snapshots, steps=steps))
@@ -307,20 +327,26 @@ def launch(_server: None, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def make_home(home: Path) -> Path:
-    """A folder with some packed digits, and a tree to start from that needs no training (so no rounding)."""
+    """A folder with some packed digits, grey and in colour, each with a tree to start from that needs no training (so
+    no rounding).
+    """
     source = digits()
-    some = {name: Split(split.images[:IMAGES], None) for name, split in source.splits.items()}
-    pack(Source("digits", some, None), str(home / "data"), 200)
-    torch.manual_seed(0)
-    model = TreeVAE(small_config().tree_spec(1, 8), Topology.root_with_two_leaves("00-root"))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1)
-    save_tree(str(home / "start"), model)
-    left = np.random.default_rng(0).random((IMAGES, 1)).astype(np.float32)
-    storage.write_bytes(str(home / "start" / "routing.safetensors"), save_arrays({"train": left}))
+    grey = {name: split.images[:IMAGES] for name, split in source.splits.items()}
+    colour = {name: np.concatenate([x, x[:, :, ::-1], 255 - x], 1) for name, x in grey.items()}
+    for prefix, images in (("", grey), ("colour-", colour)):
+        some = {name: Split(x, None) for name, x in images.items()}
+        pack(Source("digits", some, None), str(home / f"{prefix}data"), 200)
+        torch.manual_seed(0)
+        spec = small_config(views=bool(prefix)).tree_spec(images["train"].shape[1], 8)
+        model = TreeVAE(spec, Topology.root_with_two_leaves("00-root"))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1)
+        save_tree(str(home / f"{prefix}start"), model)
+        left = np.random.default_rng(0).random((IMAGES, 1)).astype(np.float32)
+        storage.write_bytes(str(home / f"{prefix}start" / "routing.safetensors"), save_arrays({"train": left}))
     return home
 
 
@@ -332,7 +358,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fresh(home: Path, tmp_path: Path) -> Path:
     """The same data and start in a folder of the test's own."""
-    for name in ("data", "start"):
+    for name in ("data", "start", "colour-data", "colour-start"):
         (tmp_path / name).symlink_to(home / name)
     return tmp_path
 
@@ -340,7 +366,14 @@ def fresh(home: Path, tmp_path: Path) -> Path:
 # --- golden losses -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("root", 100), ("split", 60), ("diffusion", 60)])
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        *((kind, 100) for kind in ("root", "split", "refit")),
+        *((kind, 40) for kind in ("views-root", "views-split")),
+        ("diffusion", 60),
+    ],
+)
 def test_golden_losses(fresh: Path, kind: str, steps: int) -> None:
     job = Job(kind, fresh, kind, steps, slots=2)
     train(job)
@@ -358,7 +391,14 @@ def test_golden_losses(fresh: Path, kind: str, steps: int) -> None:
 # --- back-ends, workers, ZeRO --------------------------------------------------------------------
 
 STEPS, SHORT = 50, 20
-PHASES = {"root": 0, "split": 0, "diffusion": 1}  # kind -> ZeRO stage, as the product has it
+PHASES = {
+    "root": 0,
+    "split": 0,
+    "refit": 0,
+    "views-root": 0,
+    "views-split": 0,
+    "diffusion": 1,
+}  # kind -> ZeRO stage, as the product has it
 
 
 def parity_job(home: Path, kind: str, label: str) -> Job:
@@ -522,6 +562,42 @@ def test_ema_does_not_depend_on_the_workers(plain, by_workers, world: int) -> No
         assert moved > 1e-2, "the average must have gone further than the tolerance"
 
 
+def test_validation_is_no_part_of_training(fresh: Path) -> None:
+    """Weights, averages and training metrics to the last bit; what it finds is the mean over the same draws by hand."""
+    without, with_it = (Job("diffusion", fresh, name, 6, slots=2) for name in ("without", "with"))
+    results = []
+    for job in (without, with_it):
+        task = task_of(job)
+        steps = [] if job is without else [2, 6]
+        assert task.validation is not None
+        task = dataclasses.replace(task, validation=dataclasses.replace(task.validation, steps=steps))
+        results.append((engine.train(task, FolderWorker(0, 1, job.folder)), state_of(task), task))
+    (plain, weights, _), (watched, same, task) = results
+    assert_identical(weights, same)
+    for name, average in plain.averages.items():
+        assert_identical(average, watched.averages[name])
+    lines = metrics(with_it)
+    found = {line["step"]: {k: v for k, v in line.items() if k.startswith("validation/")} for line in lines}
+    assert [step for step, values in found.items() if values] == [2, 6]
+    assert [{k: v for k, v in line.items() if k not in found[line["step"]]} for line in lines] == metrics(without)
+
+    validation = task.validation
+    assert validation is not None
+    means: dict[str, list[float]] = defaultdict(list)
+    task.objective.eval()
+    with torch.no_grad():
+        for number, slot in itertools.product(range(validation.batches), range(task.slots)):
+            rng = generator("validation", task.seed, task.phase, number, slot)
+            loss, terms = task.objective(validation.batch(number, slot), 0, rng)
+            for name, value in {"loss": loss, **terms}.items():
+                means[name].append(float(value))
+    expected = validation.summary({name: float(np.mean(values)) for name, values in means.items()})
+    assert found[6] == pytest.approx(expected)
+    times = [found[6][f"validation/time-{k}"] for k in range(10)]
+    assert np.mean(times) == pytest.approx(found[6]["validation/loss"], rel=0.05)  # as many samples of each
+    assert {name for name in found[6] if "leaf" in name} <= {"validation/leaf-0", "validation/leaf-1"}
+
+
 def test_zero_stages_are_equal(home, launch, plain) -> None:
     """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMAs as in closed form from the plain weights."""
     jobs = [Job("diffusion", home, f"zero-{zero}", 12, zero=zero) for zero in range(4)]
@@ -529,10 +605,15 @@ def test_zero_stages_are_equal(home, launch, plain) -> None:
     history = plain.phases["diffusion"].history[: jobs[0].steps]
     trained = [{n: h[n] for n in plain.phases["diffusion"].trained} for h in history]
     reference = losses(parity_job(home, "diffusion", "plain"))[: jobs[0].steps]
+    by_hand = parity_job(home, "diffusion", "plain")
+    of_plain = {n: v for n, v in metrics(by_hand)[jobs[0].steps - 1].items() if n.startswith("validation/")}
     for i, job in enumerate(jobs):
         results = [r[i] for r in ranks]
         assert_same_everywhere(results)
         np.testing.assert_allclose(losses(job), reference, rtol=1e-5)
+        validated = {name: value for name, value in metrics(job)[-1].items() if name.startswith("validation/")}
+        assert len(validated) > 10
+        assert validated == pytest.approx(of_plain, rel=1e-4)
         assert_averages(results[0].averages, trained, rtol=1e-4, atol=1e-5)
         assert_snapshots(job, trained, rtol=1e-4, atol=1e-5)
         assert_close(results[0].weights, history[-1], rtol=1e-4, atol=1e-5)

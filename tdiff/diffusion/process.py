@@ -70,6 +70,10 @@ class Process(ABC):
         """[count] times to train at, on the generator's device: each from their distribution, together stratified."""
 
     @abstractmethod
+    def share_below(self, t: Tensor) -> Tensor:
+        """The share of the times to train at that lie below t [B]: [B] in [0, 1)."""
+
+    @abstractmethod
     def signal_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """signal_t and sigma_t of times t [B]: two of [B, 1, 1, 1] on t's device."""
 
@@ -195,6 +199,9 @@ class VariancePreserving(Process):
         # Rounding may carry the last stratum to T itself.
         return (strata(count, rng) * (self.steps / count)).long().clamp_max(self.steps - 1)
 
+    def share_below(self, t: Tensor) -> Tensor:
+        return t / self.steps
+
     def signal_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """signal_t and sigma_t of steps t [B]: two of [B, 1, 1, 1], float32, on t's device."""
         if t.device not in self._tables:
@@ -288,6 +295,10 @@ class Edm(Process):
         quantile = (strata(count, rng) / count).clamp(1e-9, 1 - 1e-9)
         normal: Tensor = torch.special.ndtri(quantile)
         return (self.mean + self.std * normal).exp().float()
+
+    def share_below(self, t: Tensor) -> Tensor:
+        share: Tensor = torch.special.ndtr((t.log() - self.mean) / self.std)
+        return share
 
     def signal_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """1 / sqrt(1 + t²) and t / sqrt(1 + t²) of noise levels t [B]: two of [B, 1, 1, 1], of t's dtype and device."""

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tdiff import engine, storage
 from tdiff.config import Config, Diffusion
 from tdiff.data.order import Order
+from tdiff.data.shards import read_manifest
 from tdiff.data.stream import Batches
 from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
 from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_width, power_decay, snapshot_steps
@@ -31,6 +33,9 @@ from tdiff.work.reading import as_images, open_split
 from tdiff.work.snapshots import Snapshots
 
 PHASE = "diffusion"
+
+BINS = 10
+"""Parts of the times to train at, for which the validation loss is told apart."""
 
 PREFIX = "denoiser."
 """What the names of the denoiser's tensors begin with in the objective that is trained."""
@@ -70,7 +75,11 @@ def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor
 
 
 class DiffusionObjective(nn.Module):
-    """The denoising loss, each image told its own path through the frozen tree, drawn anew every time."""
+    """The denoising loss, each image told its own path through the frozen tree, drawn anew every time.
+
+    In evaluation mode nobody is told the null condition, and sums and counts of the samples' losses come along, by time
+    (BINS equal shares of the times to train at) and by leaf.
+    """
 
     def __init__(self, denoiser: Denoiser, tree: TreeVAE, condition_dropout: float, min_snr: float | None = None):
         super().__init__()
@@ -86,14 +95,14 @@ class DiffusionObjective(nn.Module):
         told = self.denoiser.spec.told
         path: Path | None = None
         recon = drop = None
-        if told.embeds or told.recon:
+        if told.embeds or told.recon or not self.training:
             # The frozen tree speaks in full precision whatever the U-Net runs in.
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 visits = tree.walk(images, rng)
                 path = tree.path(visits, rng)
                 if told.recon:
                     recon = leaf_reconstruction(tree, visits, path.leaf)
-        if self.denoiser.spec.null:
+        if self.denoiser.spec.null and self.training:
             drop = torch.rand(len(images), generator=rng, device=images.device) < self.condition_dropout
         x0 = 2 * images - 1
         t = self.process.draw_times(len(x0), rng)
@@ -103,7 +112,45 @@ class DiffusionObjective(nn.Module):
             output: Tensor = self.denoiser(x_t, t, path, recon, drop)
             return output
 
-        return self.process.loss(network, x0, t, noise).mean, {}
+        loss = self.process.loss(network, x0, t, noise)
+        if self.training or path is None:
+            return loss.mean, {}
+        bins = (self.process.share_below(t) * BINS).long().clamp_max(BINS - 1)
+        leaves = len(tree.topology.leaves)
+        return loss.mean, _sums("time", loss.per_sample, bins, BINS) | _sums("leaf", loss.per_sample, path.leaf, leaves)
+
+
+def _sums(name: str, losses: Tensor, group: Tensor, groups: int) -> dict[str, Tensor]:
+    """Sum and count of the losses [B] in every group, whose index [B] is given."""
+    sums = losses.new_zeros(groups).index_add(0, group, losses)
+    counts = losses.new_zeros(groups).index_add(0, group, torch.ones_like(losses))
+    of_groups = enumerate(zip(sums.unbind(), counts.unbind(), strict=True))
+    return {f"{name}-{k}/{what}": v for k, pair in of_groups for what, v in zip(("sum", "count"), pair, strict=True)}
+
+
+def validation_metrics(means: dict[str, float]) -> dict[str, float]:
+    """validation/loss, validation/time-K and validation/leaf-K, from the means of what the objective gives."""
+    groups = [name.removesuffix("/count") for name, count in means.items() if name.endswith("/count") and count > 0]
+    by_group = {name: means[f"{name}/sum"] / means[f"{name}/count"] for name in groups}
+    return {f"validation/{name}": value for name, value in {"loss": means["loss"], **by_group}.items()}
+
+
+def _validation(phase: DiffusionPhase, steps: int) -> engine.Validation | None:
+    """Held-out images, or training images where there are no others; the same each of `diffusion.validations` times."""
+    section = phase.config.diffusion
+    if not section.validations:
+        return None
+    splits = read_manifest(phase.data_url).splits
+    reader = open_split(phase.config, phase.data_url, "test" if "test" in splits else "train")
+    count, part = min(section.validation_images, len(reader)), section.batch // section.slots
+    images = reader.gather(np.arange(count))
+
+    def batch(number: int, slot: int) -> Batch:
+        first = (number * section.slots + slot) * part
+        return {"images": as_images(images[np.arange(first, first + part) % count])}
+
+    batches = max(1, count // section.batch)
+    return engine.Validation(snapshot_steps(steps, section.validations), batches, batch, validation_metrics)
 
 
 def tracks_of(section: Diffusion) -> tuple[str, dict[str, Decay]]:
@@ -157,6 +204,7 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
             checkpoint_images=section.checkpoint_images,
             average=lambda tensors: {name: Ema(tensors, decay) for name, decay in tracks.items()},
             snapshots=Snapshots(storage.join(phase.url, "ema"), kept, PREFIX) if kept else None,
+            validation=_validation(phase, steps),
             metrics_url=storage.join(phase.url, "metrics"),
         ),
         worker,

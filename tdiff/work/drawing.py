@@ -80,6 +80,9 @@ def growing_losses(metrics: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def diffusion_losses(lines: list[dict[str, Any]]) -> Figure:
-    """The denoising loss over the images seen."""
-    points = [(float(line["images"]), float(line["loss"])) for line in lines]
-    return plots.curves({"diffusion": points}, "Training the diffusion model")
+    """The denoising loss over the images seen, in training and on held-out images."""
+    series = {}
+    for name, key in (("training", "loss"), ("validation", "validation/loss")):
+        if points := [(float(line["images"]), float(line[key])) for line in lines if key in line]:
+            series[name] = points
+    return plots.curves(series, "Training the diffusion model")

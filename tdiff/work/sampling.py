@@ -63,8 +63,8 @@ class SampleJob:
     num: root draws (or test images to reconstruct); with all leaves, each gives L images.
     leaf: index of the leaf to force, or None to draw it from the tree. node: id of the node below which leaves are
     drawn; where test images are reconstructed, their own path ends there, and the prior goes on. leaves: how many there
-    are to draw. start: what denoising starts from. guidance: weight, and interval of noise levels in which it is active.
-    ema: width of the average whose weights draw, None: that of ema.safetensors.
+    are to draw. start: what denoising starts from. guidance: its weight; guidance_interval: noise levels in which it is
+    active. ema: width of the average whose weights draw, None: that of ema.safetensors.
     """
 
     url: str
