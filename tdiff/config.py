@@ -114,6 +114,7 @@ class Diffusion(Section):
         ge=0,
         description="how often two EMAs are kept, for any other width afterwards; default: 16, with `ema_decay` 0",
     )
+    deepspeed: str | None = Field(None, description="JSON file of further DeepSpeed settings, as in configs/deepspeed")
     validations: int = Field(
         8, ge=0, description="how often the loss is measured on the same held-out images and noise"
     )
@@ -259,7 +260,7 @@ class Config(Section):
                 "precision": True,
                 "data": set(Data.model_fields) - {"block"},
                 "tree": {"run", "checkpoint_images"},
-                "diffusion": {"validations", "validation_images", "checkpoint_images"},
+                "diffusion": {"deepspeed", "validations", "validation_images", "checkpoint_images"},
                 "evaluation": True,
             },
         )

@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
@@ -119,6 +119,8 @@ class Task:
     clip: float = 0.0
     """Largest gradient norm; 0: no clipping."""
     zero: int = 0
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """What DeepSpeed is told besides, checked by `check_deepspeed`; its ZeRO stage is `zero`."""
     autocast: bool = False
     """bf16 autocast over fp32 weights."""
     checkpoint_images: int = 500_000
@@ -230,7 +232,8 @@ class DeepSpeedBackend:
             "train_micro_batch_size_per_gpu": task.batch_size // task.slots,
             "gradient_accumulation_steps": task.slots // world,
             "gradient_clipping": task.clip if task.zero else 0.0,  # without ZeRO `update` clips
-            "zero_optimization": {"stage": task.zero},
+            **task.deepspeed,
+            "zero_optimization": {**task.deepspeed.get("zero_optimization", {}), "stage": task.zero},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
         }
@@ -320,8 +323,11 @@ class DeepSpeedBackend:
             raise RuntimeError(f"DeepSpeed could not load the resume checkpoint in {directory}")
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without the half minute in which it would compile an op that training on CPUs never calls."""
+def _import_deepspeed(distributed: bool = True) -> Any:
+    """DeepSpeed, without the half minute in which it would compile an op that training on CPUs never calls.
+
+    distributed: whether it joins the process group that is up, or is only to be asked something.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -340,9 +346,44 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         # Only inference collectives use it; init_distributed would build it whenever a compiler is there.
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    if not deepspeed.comm.is_initialized():
+    if distributed and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
+
+
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+)
+"""What a file of DeepSpeed settings may hold: how work is shared and watched, nothing that results depend on."""
+
+
+def check_deepspeed(settings: Mapping[str, Any], zero: int) -> None:
+    """Raises ValueError, one sentence, where settings of a file are none for a training with this ZeRO stage."""
+    for key in settings:
+        if key not in DEEPSPEED_KEYS:
+            raise ValueError(f"{key} cannot be set there: take one of {', '.join(DEEPSPEED_KEYS)}")
+    section = settings.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        raise ValueError(f"zero_optimization is {section!r}: it should be a section")
+    if (stage := section.get("stage", zero)) != zero:
+        raise ValueError(f"its ZeRO stage is {stage!r} and diffusion.zero is {zero}: make them equal")
+    _import_deepspeed(distributed=False)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"zero_optimization.{name}={first['input']!r} cannot be used: {first['msg']}") from error
 
 
 def average_over_workers(values: list[Tensor], world: int) -> None:

@@ -26,6 +26,7 @@ from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
 from tdiff.packing import pack
 from tdiff.runs import Run, existing
+from tdiff.work.diffusing import deepspeed_settings
 from tdiff.work.growing import check
 
 RECORDS = ("run.json", "config.yaml")
@@ -48,6 +49,7 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     """The run of a config, made or found, locked for as long as it is worked on. Raises ConfigError or DataError."""
     workers = launch.default_workers(config.workers)
     tracking, artifacts = tracking_uri(config)
+    deepspeed_settings(config.diffusion)  # read again when it is needed; what is wrong with it is known now
     data_url, manifest = open_data(config)
     bf16 = resolve_precision(config.precision, workers)
     tree = None if config.tree.run is None else _tree_of(config, manifest)

@@ -26,7 +26,7 @@ from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
 from tdiff.work import scoring
 from tdiff.work.diffusing import PHASE as DIFFUSION
-from tdiff.work.diffusing import DiffusionPhase, diffuse
+from tdiff.work.diffusing import DiffusionPhase, deepspeed_settings, diffuse
 from tdiff.work.growing import GrowingPhase, Kind, grow, load_decisions, load_routing, load_topology, prune
 
 Say = Callable[[str], None]
@@ -148,7 +148,9 @@ class Driver:
             self._mirror_phase(url, DIFFUSION)
             return
         workers = self.crew(DIFFUSION, self.config.diffusion.slots)
-        phase = DiffusionPhase(url, self.run.grown_tree, self.data_url, self.config, self.run.record()["bf16"])
+        settings = deepspeed_settings(self.config.diffusion)
+        bf16, tree_url = self.run.record()["bf16"], self.run.grown_tree
+        phase = DiffusionPhase(url, tree_url, self.data_url, self.config, bf16, settings)
         started = time.time()
         launch.fit(diffuse, phase, workers, url, self.say)
         self._finish(url, DIFFUSION, started)

@@ -79,6 +79,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.ema": (0.05, True),
     "diffusion.ema_decay": (0.999, True),
     "diffusion.snapshots": (4, True),
+    "diffusion.deepspeed": ("configs/deepspeed/zero1.json", False),
     "diffusion.validations": (2, False),
     "diffusion.validation_images": (100, False),
     "diffusion.zero": (2, True),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +28,10 @@ from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
 from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_width, power_decay, snapshot_steps
 from tdiff.diffusion.process import make_process
 from tdiff.engine import Batch, Task, Worker
+from tdiff.errors import ConfigError
 from tdiff.seeds import seed_of
-from tdiff.tree.model import Path, TreeVAE, Visit
+from tdiff.tree.model import Path as TreePath
+from tdiff.tree.model import TreeVAE, Visit
 from tdiff.work.growing import load_tree
 from tdiff.work.reading import as_images, open_split
 from tdiff.work.snapshots import Snapshots
@@ -43,13 +47,34 @@ PREFIX = "denoiser."
 
 @dataclass(frozen=True)
 class DiffusionPhase:
-    """What a worker needs to know. url: the phase's folder; tree_url: the finished tree's."""
+    """What a worker needs to know. url: the phase's folder; tree_url: the finished tree's; deepspeed: of the file that the
+    config names.
+    """
 
     url: str
     tree_url: str
     data_url: str
     config: Config
     bf16: bool
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+def deepspeed_settings(section: Diffusion) -> dict[str, Any]:
+    """What the file `diffusion.deepspeed` says, {} without one. Raises ConfigError if it is no such file."""
+    if section.deepspeed is None:
+        return {}
+    named = f"diffusion.deepspeed={section.deepspeed}"
+    try:
+        settings = json.loads(Path(section.deepspeed).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{named} cannot be read ({error}): name a JSON file.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{named} holds a {type(settings).__name__}, not settings.")
+    try:
+        engine.check_deepspeed(settings, section.zero)
+    except ValueError as error:
+        raise ConfigError(f"{named}: {error}.") from error
+    return settings
 
 
 def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
@@ -93,7 +118,7 @@ class DiffusionObjective(nn.Module):
         images = batch["images"]
         tree = self._tree[0].to(images.device)  # nothing moves after the first time
         told = self.denoiser.spec.told
-        path: Path | None = None
+        path: TreePath | None = None
         recon = drop = None
         if told.embeds or told.recon or not self.training:
             # The frozen tree speaks in full precision whatever the U-Net runs in.
@@ -200,6 +225,7 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
             learning_rate=lambda step: section.learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1)),
             clip=section.clip,
             zero=section.zero,
+            deepspeed=phase.deepspeed,
             autocast=phase.bf16,
             checkpoint_images=section.checkpoint_images,
             average=lambda tensors: {name: Ema(tensors, decay) for name, decay in tracks.items()},
