@@ -370,7 +370,7 @@ def fresh(home: Path, tmp_path: Path) -> Path:
     ("kind", "steps"),
     [
         *((kind, 100) for kind in ("root", "split", "refit")),
-        *((kind, 40) for kind in ("views-root", "views-split")),
+        *((kind, 80) for kind in ("views-root", "views-split")),
         ("diffusion", 60),
     ],
 )

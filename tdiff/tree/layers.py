@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DENSE_SIZE = 2
+"""Up to this map size a 3x3 conv is computed as the full linear map that it is."""
+
 
 class SlotBatchNorm(nn.BatchNorm2d):
     """Batch norm over one slot, whose running statistics move once per global step.
@@ -207,9 +210,14 @@ class PlainDecoder(nn.Module):
     """Mirror of `cnn1`: [B, D, r, r] -> logits or means of the image, [B, I, H, H].
 
     Where the last stage doubles the map, every place has a conv of its own for each of the four it becomes: the mirror
-    of a conv with stride 2. The stages before it repeat places and then convolve, which is four convs on the map as it
-    was that share weights (`repeated`): so they take 4/9 of the multiplications and, with channels to fill a vector,
-    half the time on a CPU.
+    of a conv with stride 2. The stages before it repeat places and then convolve. Computed on small maps, with channels
+    to fill a vector:
+
+    - on a map of 2x2 places, repeating and convolving is a full linear map (`linear_map`);
+    - where places double, it is four convs on the map as it was (`repeated`), whose outputs a pixel shuffle joins;
+    - the last conv takes that map before the shuffle (`unshuffled`), and only the image is shuffled.
+
+    For 256 images of 28x28 on one CPU thread, forward and backward: 6.8 ms; 10.6 with the second alone.
     """
 
     def __init__(self, latent: int, channels: int, image_size: int, features: int, size: int):
@@ -217,55 +225,109 @@ class PlainDecoder(nn.Module):
         *self.sizes, self.image_size = stage_sizes(image_size, size)[-2::-1]
         widths = [latent, max(features // 2, 8), max(features // 4, 8)]
         self.stages = nn.ModuleList(conv_bn_silu(widths[i], widths[i + 1]) for i in range(2))
-        self.parts = 4 if image_size == 2 * self.sizes[-1] else 1
-        self.image = conv3x3(widths[-1], channels * self.parts)
+        self.parts = 2 if image_size == 2 * self.sizes[-1] else 1
+        self.image = conv3x3(widths[-1], channels * self.parts**2)
 
     def forward(self, z: Tensor) -> Tensor:
-        return PlainDecoder.stacked([self], z)
+        image = PlainDecoder.stacked([self], z)
+        return F.pixel_shuffle(image, self.image_size // image.shape[-1])
 
     @staticmethod
     def stacked(decoders: Sequence[PlainDecoder], z: Tensor) -> Tensor:
-        """n decoders side by side: [B, n D, r, r] -> [B, n I, H, H]."""
-        n, first = len(decoders), decoders[0]
+        """n decoders side by side: [B, n D, r, r] -> [B, n I s s, H/s, H/s], to be pixel-shuffled by s, 1 to 4."""
+        first = decoders[0]
         for k, size in enumerate(first.sizes):
+            if k > 0 and z.shape[-1] < first.sizes[k - 1]:
+                z = F.pixel_shuffle(z, 2)
             stages = [decoder.stages[k] for decoder in decoders]
-            weight = side([stage[0].weight for stage in stages])  # type: ignore[index]  # [n O, C, 3, 3]
-            norms = [stage[1] for stage in stages]  # type: ignore[index]
-            doubles = size == 2 * z.shape[-1]
-            if doubles:
-                weight = repeated(weight)  # [n O 4, C, 3, 3]
-            elif z.shape[-1] != size:
-                z = F.interpolate(z, size=(size, size))
-            z = F.conv2d(z, weight, padding=1, groups=n)
-            # The four places of a place are one channel's: [B, n O, 4 h w].
-            z = F.silu(normed(norms, z.reshape(len(z), -1, size * size))).view(z.shape)
-            z = F.pixel_shuffle(z, 2) if doubles else z
-        if first.parts == 1 and z.shape[-1] != first.image_size:
+            z = enlarged_convs([stage[0] for stage in stages], z, size)  # type: ignore[index]
+            # Before a shuffle the four parts of a place are one channel's.
+            y = normed([stage[1] for stage in stages], z.reshape(len(z), -1, size * size))  # type: ignore[index]
+            z = F.silu(y).view(z.shape)
+        weight, bias = (side([getattr(d.image, name) for d in decoders]) for name in ("weight", "bias"))
+        if z.shape[-1] < first.sizes[-1]:
+            weight, bias = unshuffled(weight, first.parts), unshuffled_bias(bias, first.parts)
+        elif first.parts == 1 and z.shape[-1] != first.image_size:
             z = F.interpolate(z, size=(first.image_size, first.image_size))
-        image = side_by_side([decoder.image for decoder in decoders], z)
-        return F.pixel_shuffle(image, 2) if first.parts == 4 else image
+        return F.conv2d(z, weight, bias, padding=1, groups=len(decoders))
+
+
+def enlarged_convs(convs: Sequence[nn.Conv2d], z: Tensor, size: int) -> Tensor:
+    """n padded 3x3 convs side by side, on a map enlarged by repetition: [B, n C, h, h] -> [B, n O, size, size].
+
+    Where the size doubles, before a pixel shuffle: [B, n O 4, h, h].
+    """
+    n, now = len(convs), z.shape[-1]
+    weight = side([conv.weight for conv in convs])  # [n O, C, 3, 3]
+    if now <= DENSE_SIZE:
+        maps = linear_map(weight, now, size).reshape(n, -1, weight.shape[1] * now * now)  # [n, O size size, C h h]
+        rows = z.reshape(len(z), n, -1).transpose(0, 1)  # [n, B, C h h]
+        return torch.bmm(rows, maps.mT).transpose(0, 1).reshape(len(z), -1, size, size)
+    if size == 2 * now:
+        return F.conv2d(z, repeated(weight), padding=1, groups=n)
+    z = z if now == size else F.interpolate(z, size=(size, size))
+    return F.conv2d(z, weight, padding=1, groups=n)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: it must serve training whoever asks first
+def _taps(size: int, to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Which of a 3x3 kernel's weights lead to an output place from an input place, 0 or more: [9, s s r r].
+
+    The conv is padded, on a map of r places a side enlarged to s by repeating them.
+    """
+    source = F.interpolate(torch.arange(size, dtype=torch.float64)[None, None], size=to)[0, 0]
+    place, step = torch.arange(to), torch.arange(3)[:, None, None]
+    # From enlarged coordinate v to output u the kernel's row (or column) is v - u + 1, if it has such a one.
+    reached = (step == place[None, :] - place[:, None] + 1).to(torch.float64)  # [3, out, enlarged]
+    one = reached @ (source[:, None] == torch.arange(size)).to(torch.float64)  # [3, out, in]
+    return torch.einsum("aiu,bjv->abijuv", one, one).reshape(9, -1).to(device, dtype)
+
+
+def linear_map(weight: Tensor, size: int, to: int) -> Tensor:
+    """The padded 3x3 conv [O, C, 3, 3] on a map enlarged by repetition, as one linear map: [O, s s, C, r r]."""
+    maps = weight.flatten(2) @ _taps(size, to, weight.device, weight.dtype)  # [O, C, s s r r]
+    return torch.unflatten(maps, 2, (to * to, size * size)).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # kept: it must serve training whoever asks first
 def _doubling(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Which weight of a 3x3 conv on a map doubled by repetition becomes which weight of a 3x3 conv on the map itself.
+    """Which weight of a 3x3 conv on a doubled map becomes which weight of a 3x3 conv on the map itself.
 
-    A place u of the doubled map is the part u % 2 of place u // 2: [3 3, 2 2 3 3], kernel -> output's part, kernel.
+    A place u of the doubled map is the part u % 2 of place u // 2: kernel -> part of the output, part of the input,
+    kernel, [3 3, 2 2, 2 2, 3 3].
     """
-    one = torch.zeros(3, 2, 3)
+    one = torch.zeros(3, 2, 2, 3)
     for tap in range(3):
         for part in range(2):
-            one[tap, part, (part + tap - 1) // 2 + 1] = 1  # from place 0 of the map itself
-    return torch.einsum("apx,bqy->abpqxy", one, one).reshape(9, -1).to(device, dtype)
+            source = part + tap - 1  # from part 0 of place 0 of the map itself
+            one[tap, part, source % 2, source // 2 + 1] = 1
+    return torch.einsum("apsx,bqty->abpqstxy", one, one).reshape(9, 4, 4, 9).to(device, dtype)
 
 
 def repeated(weight: Tensor) -> Tensor:
     """[O, C, 3, 3] on a map doubled by repetition -> [4 O, C, 3, 3] on the map itself, before a pixel shuffle."""
     outputs, inputs = weight.shape[:2]
-    kernels = weight.flatten(2) @ _doubling(weight.device, weight.dtype)  # [O, C, 4 * 9]
-    kernels = kernels.unflatten(2, (4, 9)).transpose(1, 2)  # [O, 4, C, 9]
+    table = _doubling(weight.device, weight.dtype).sum(2)  # repetition: all parts of a place are the same
+    kernels = (weight.flatten(2) @ table.flatten(1)).unflatten(2, (4, 9)).transpose(1, 2)  # [O, 4, C, 9]
     return torch.reshape(kernels, (4 * outputs, inputs, 3, 3))
+
+
+def unshuffled(weight: Tensor, parts: int) -> Tensor:
+    """[O, C, 3, 3] on a map doubled by a pixel shuffle -> [4 O, 4 C, 3, 3] on the map before that shuffle.
+
+    The outputs are themselves p p parts of O / (p p) channels; those of the result are to be shuffled by 2 p at once.
+    """
+    outputs, inputs = weight.shape[:2]
+    kernels = weight.flatten(2) @ _doubling(weight.device, weight.dtype).flatten(1)  # [O, C, 4 * 4 * 9]
+    kernels = kernels.view(-1, parts, parts, inputs, 2, 2, 4, 9)  # outputs: channel, parts; C; parts by the doubling
+    return kernels.permute(0, 4, 1, 5, 2, 3, 6, 7).reshape(4 * outputs, 4 * inputs, 3, 3)
+
+
+def unshuffled_bias(bias: Tensor, parts: int) -> Tensor:
+    """The bias [O] for `unshuffled` weights: [4 O]."""
+    return bias.view(-1, 1, parts, 1, parts).expand(-1, 2, parts, 2, parts).flatten()
 
 
 class ResidualBlock(nn.Module):

@@ -18,9 +18,12 @@ from torch import Tensor
 from tdiff.tree import stacked
 from tdiff.tree.model import Level, TreeVAE, Walk, draw, image_nll, merge, pick
 
-LOOP_ABOVE = 10_000
-"""Image values a leaf decodes above which a CPU takes leaves one by one: large grouped convs of few channels are slow
-there (2.3 times as slow for 256 images of 28x28 at 10 leaves). A GPU always takes all at once."""
+LOOP_ABOVE = 30_000
+"""Image values a leaf decodes above which a CPU takes leaves one by one: large grouped convs are slow there.
+
+16 leaves of 28x28 with 256 rows each take 189 ms together, 150 one by one; with 32 rows 25 and 32. A GPU always takes
+all at once.
+"""
 
 
 class Elbo(NamedTuple):
@@ -102,7 +105,9 @@ def _reconstruction(
     total = x.new_zeros(len(x))
     for k in range(0, len(leaves), together):
         part = slice(k, k + together)
-        decoded = model.decoded_together(leaves[part], z[part])  # [K, n, I, H, H]
+        decoded = model.decoded_together(leaves[part], z[part])  # [K, n, I, H, H], or its parts before a pixel shuffle
+        if x.shape[-1] != decoded.shape[-1]:  # the sum over an image is that over its parts: x is shuffled back, once
+            x = F.pixel_unshuffle(x, x.shape[-1] // decoded.shape[-1])
         target = x[:, None].expand(decoded.shape) if rows is None else x[rows[part].T]
         nll = image_nll(decoded, target, model.spec.likelihood).T  # [n, K]
         total = total + _per_sample(reach[part] * nll, None if rows is None else rows[part], len(x))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tdiff.tree import stacked
 from tdiff.tree.contrastive import ProjectionHeads
-from tdiff.tree.layers import ENCODERS, ConvBlock, GaussianHeads, Router, SlotBatchNorm, Transformation
+from tdiff.tree.layers import ENCODERS, ConvBlock, GaussianHeads, Router, SlotBatchNorm, Transformation, side
 from tdiff.tree.topology import Topology
 
 
@@ -245,10 +245,7 @@ class TreeVAE(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """[B, I, H, H] in [0, 1] -> bottom-up features by depth: item k, [B, C, r, r], serves the nodes of depth k."""
-        chain = [self.encoder(x)]
-        for block in self.bottom_up:
-            chain.append(block(chain[-1]))
-        return chain[::-1]
+        return stacked.chain(list(self.bottom_up), self.encoder(x))[::-1]  # type: ignore[arg-type]
 
     def dense(self, node: int, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of `node` from the data alone (q-hat), [B, D, r, r] each."""
@@ -315,12 +312,12 @@ class TreeVAE(nn.Module):
             for node, count in zip(tree.top_down, (reach > 0).sum(1).tolist(), strict=True):
                 take[node] = min(len(x), max(FEWEST_ROWS, 1 << (count - 1).bit_length()))
         routes = _Routes(chain, torch.cat(logits), reach, score)
-        levels = [self._visit((0,), len(x), None, routes, rng)]
-        for parents in levels:  # grows while it is gone through
-            children = [child for node in parents.nodes for child in tree.children(node) if child is not None]
-            for rows in sorted({take[child] for child in children}, reverse=True):
-                nodes = tuple(child for child in children if take[child] == rows)
-                levels.append(self._visit(nodes, rows, parents, routes, rng))
+        levels = above = [self._visit((0,), None, None, routes, rng)]
+        for nodes in tree.levels[1:]:
+            counts = sorted({take[node] for node in nodes}, reverse=True)
+            alike = [self._rows([node for node in nodes if take[node] == k], k, above, routes) for k in counts]
+            above = [self._visit(*those, routes, rng) for those in alike]
+            levels = levels + above
         return Walk(tree, levels, routes.reach, routes.logits)
 
     def _posterior_logits(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -359,25 +356,48 @@ class TreeVAE(nn.Module):
             reach.append(pick(reach[-1], parent) * pick(ways, way))
         return torch.cat(reach)
 
+    def _rows(
+        self, nodes: Sequence[int], count: int, above: Sequence[Level], routes: _Routes
+    ) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
+        """`count` rows K for each of n nodes of one depth, whose parents are in `above`.
+
+        The nodes in the order of `above`, the latents [n, D, r, r, K] of their parents, and which rows of the batch
+        these are, [n, K]; None: all.
+        """
+        tree, ordered, latents, taken = self.topology, list[int](), list[Tensor](), list[Tensor]()
+        for parents in above:
+            children = [node for node in nodes if tree[node].parent in parents.nodes]
+            if not children:
+                continue
+            ordered += children
+            places = [parents.nodes.index(self._parent(node)) for node in children]
+            z, rows = pick(parents.z, places), None if parents.rows is None else pick(parents.rows, places)
+            if routes.score is not None and count < z.shape[-1]:
+                score = pick(routes.score, [tree.top_down.index(node) for node in children])
+                best = (score if rows is None else score.gather(1, rows)).topk(count).indices  # [n, K] of parents' rows
+                rows = best if rows is None else rows.gather(1, best)
+                z = z.gather(-1, best[:, None, None, None].expand(*z.shape[:-1], count))
+            latents.append(z)
+            if rows is not None:
+                taken.append(rows)
+        return tuple(ordered), side(latents), side(taken) if taken else None
+
     def _visit(
-        self, nodes: tuple[int, ...], count: int, parents: Level | None, routes: _Routes, rng: torch.Generator | None
+        self,
+        nodes: tuple[int, ...],
+        z_parent: Tensor | None,
+        rows: Tensor | None,
+        routes: _Routes,
+        rng: torch.Generator | None,
     ) -> Level:
-        """Visits nodes of one depth, all of them children of `parents`, with `count` rows each."""
+        """Visits nodes of one depth with the rows that `_rows` chose."""
         tree = self.topology
         choosing = tuple(node for node in nodes if node in tree.choosing)
         places = [nodes.index(node) for node in choosing]
         reach = pick(routes.reach, [tree.top_down.index(node) for node in nodes])  # [n, B]
         q_logit = pick(routes.logits, [tree.choosing.index(node) for node in choosing])
-        feature, rows = routes.features[tree[nodes[0]].depth][None], None  # [1, C, r, r, B], one for all nodes
-        z_parent = p_mean = p_variance = None
-        if parents is not None:
-            above = [parents.nodes.index(self._parent(node)) for node in nodes]
-            z_parent, rows = pick(parents.z, above), None if parents.rows is None else pick(parents.rows, above)
-            if routes.score is not None and count < z_parent.shape[-1]:
-                score = pick(routes.score, [tree.top_down.index(node) for node in nodes])
-                best = (score if rows is None else score.gather(1, rows)).topk(count).indices  # [n, K] of parents' rows
-                rows = best if rows is None else rows.gather(1, best)
-                z_parent = z_parent.gather(-1, best[:, None, None, None].expand(*z_parent.shape[:-1], count))
+        feature = routes.features[tree[nodes[0]].depth][None]  # [1, C, r, r, B], one for all nodes
+        p_mean = p_variance = None
         if rows is not None:
             reach = reach.gather(1, rows)
             q_logit = q_logit.gather(1, pick(rows, places))
@@ -438,7 +458,10 @@ class TreeVAE(nn.Module):
         return Visit(z, mean, variance, None, None, reach, None, logit)
 
     def decoded_together(self, leaves: Sequence[int], z: Tensor) -> Tensor:
-        """The same for several leaves, [n, D, r, r, B] -> [B, n, I, H, H]."""
+        """Several leaves' logits or means, [n, D, r, r, B] -> [B, n, I, H, H].
+
+        Where their decoder ends with a pixel shuffle by s, it is left to the caller: [B, n, I s s, H/s, H/s].
+        """
         decoders = self.networks(leaves, "decoder")
         y = z.permute(4, 0, 1, 2, 3).flatten(1, 2)  # [B, n D, r, r]
         images: Tensor = type(decoders[0]).stacked(decoders, y)
