@@ -33,6 +33,7 @@ from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_f
 from tdiff.runs import Run
 from tdiff.tracking import Mirror
 from tdiff.tree.topology import Topology
+from tdiff.work.diffusing import deepspeed_settings
 
 
 def open_run(config: Config, fresh: bool = False) -> Run:
@@ -332,6 +333,39 @@ def test_a_hundred_phases_stay_in_order(tmp_path: Path):
         (tmp_path / "tree" / name / "COMPLETE").touch()
     assert Run(str(tmp_path)).tree_phases() == names
     assert all(pipeline.PHASE_NAME.fullmatch(name) for name in names)
+
+
+# --- settings of DeepSpeed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_files_of_deepspeed_settings_are_taken(zero: int):
+    file = Path(__file__).parent.parent / "configs" / "deepspeed" / f"zero{zero}.json"
+    config = configs.load(None, [f"diffusion.deepspeed={file}", f"diffusion.zero={zero}"])
+    assert deepspeed_settings(config.diffusion)["zero_optimization"]["stage"] == zero
+    assert deepspeed_settings(Config().diffusion) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"zero_optimization": {"stge": 1}}', "zero_optimization.stge=1 cannot be used"),
+        ('{"zero_optimization": {"reduce_bucket_size": "many"}}', "reduce_bucket_size='many' cannot be used"),
+        ('{"zero_optimization": {"stage": 2}}', "its ZeRO stage is 2 and diffusion.zero is 1"),
+        ('{"zero_optimization": 1}', "it should be a section"),
+        ('{"optimizer": {"type": "SGD"}}', "optimizer cannot be set there: take one of zero_optimization"),
+        ("[1]", "holds a list"),
+        ("{", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_other_deepspeed_settings_are_refused(tmp_path: Path, text: str | None, words: str):
+    file = tmp_path / "zero.json"
+    if text is not None:
+        file.write_text(text)
+    message = refused(here(tmp_path, f"diffusion.deepspeed={file}"))
+    assert message.startswith(f"diffusion.deepspeed={file}")
+    assert words in message
 
 
 # --- another run's tree ------------------------------------------------------------------------------

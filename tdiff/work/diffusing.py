@@ -47,8 +47,8 @@ PREFIX = "denoiser."
 
 @dataclass(frozen=True)
 class DiffusionPhase:
-    """What a worker needs to know. url: the phase's folder; tree_url: the finished tree's; deepspeed: what the file says
-    that the config names.
+    """What a worker needs to know. url: the phase's folder; tree_url: the finished tree's; deepspeed: what the file
+    says that the config names.
     """
 
     url: str

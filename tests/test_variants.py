@@ -1,0 +1,67 @@
+"""Protects the ablation: every data set's config with every condition builds, trains, and moves every parameter.
+
+Two steps of two random images each through a random tree, by the loop itself (its plain back-end). In the fast test the
+U-Nets are narrow; the slow one takes them as they are.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdiff import engine
+from tdiff.config import Config, load
+from tdiff.diffusion.condition import CONDITIONS, Denoiser
+from tdiff.engine import Task
+from tdiff.tree.model import TreeVAE
+from tdiff.tree.topology import Topology
+from tdiff.work.diffusing import DiffusionObjective, denoiser_spec
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHAPES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "celeba": (3, 64), "cubicc": (3, 64)}
+THREE = Topology.root_with_two_leaves("00-root").split(1, "01-split-1")
+
+
+class Alone:
+    """One worker of one, without checkpoints."""
+
+    rank, world = 0, 1
+
+    def restored(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def keep(self, directory: Path) -> None:
+        raise AssertionError("two steps need no checkpoint")
+
+
+def trained_two_steps(config: Config, channels: int, size: int) -> None:
+    torch.manual_seed(0)
+    tree = TreeVAE(config.tree_spec(channels, size), THREE)
+    denoiser = Denoiser(denoiser_spec(config, tree))
+    objective = DiffusionObjective(denoiser, tree, config.diffusion.condition_dropout)
+    before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
+    images = torch.rand(2, 2, channels, size, size)
+    engine.train(
+        Task("diffusion", objective, lambda step, slot: {"images": images[step]}, 2, 2, 1, 0, lambda step: 1e-3),
+        Alone(),
+    )
+    assert all(p.isfinite().all() for p in denoiser.parameters())
+    assert [name for name, p in denoiser.named_parameters() if torch.equal(p, before[name])] == []
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("stem", SHAPES)
+def test_narrow_variants_train(stem: str, condition: str) -> None:
+    narrow = [f"diffusion.condition={condition}", "diffusion.width=16", "tree.latent_channels=4"]
+    trained_two_steps(load(str(CONFIGS / f"{stem}.yaml"), [*narrow, "tree.feature_channels=8"]), *SHAPES[stem])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("stem", SHAPES)
+def test_variants_train_at_their_size(stem: str, condition: str) -> None:
+    trained_two_steps(load(str(CONFIGS / f"{stem}.yaml"), [f"diffusion.condition={condition}"]), *SHAPES[stem])
