@@ -1,4 +1,4 @@
-"""python -m tdiff.report RUN: one self-contained HTML page of an evaluated run, and its figures as PNG."""
+"""python -m tdiff.report RUN: one self-contained HTML page of a run, as far as it has come, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tdiff.runs import existing
 
 
 def main() -> None:
-    parser = cli.parser("report", "Draws the figures of an evaluated run anew, as far as it has come, and its report.")
+    parser = cli.parser("report", "Draws the figures of a run anew, as far as it has come, and its one-file report.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
     run = existing(parser.parse_args().run)
     results.figures(run)

@@ -13,24 +13,28 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tdiff import launch, storage
 from tdiff.data.decode import Images
-from tdiff.data.shards import Shard, read_manifest
+from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.stream import read_split
 from tdiff.diffusion.condition import DenoiserSpec
 from tdiff.errors import ConfigError
-from tdiff.figures.page import CAPTIONS, page
+from tdiff.figures.contents import Contents
+from tdiff.figures.page import page
 from tdiff.figures.plots import grid, save
 from tdiff.runs import Run
 from tdiff.tracking import read_metrics
-from tdiff.work import drawing, scoring
+from tdiff.tree.topology import Topology
+from tdiff.work import drawing, scoring, showing
 from tdiff.work.growing import load_routing, load_topology
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
-from tdiff.work.sampling import MODES, SampleJob, draw_shard, evaluations, read_samples
+from tdiff.work.sampling import MODES, SampleJob, Samples, draw_shard, evaluations, read_samples
 from tdiff.work.snapshots import recipe
 
 Progress = Callable[[int, int], None]
@@ -289,17 +293,125 @@ def figures(run: Run) -> None:
 def pictures(run: Run) -> dict[str, bytes]:
     """The pictures that `figures` has drawn, in the order in which they are looked at."""
     there = storage.listing(run.at("figures"))
-    return {name: storage.read_bytes(run.at("figures", name)) for name in CAPTIONS if name in there}
+    return {name: storage.read_bytes(run.at("figures", name)) for name in drawing.FIGURES if name in there}
 
 
 def report(run: Run) -> str:
-    """Writes the run's one-file HTML report; returns where. Raises ConfigError if the run is not evaluated yet."""
-    numbers = evaluation(run)
-    if numbers is None:
-        raise ConfigError(f"RUN {run.url} is not evaluated yet: run python -m tdiff.evaluate on it.")
+    """Writes the run's one-file HTML report, as far as the run has come; returns where.
+
+    Raises ConfigError if there is no finished tree.
+    """
     url = run.at("report", "index.html")
-    storage.write_text(url, page(run.name, table(numbers), pictures(run), run.config().to_yaml()))
+    storage.write_text(url, page(contents(run)))
     return url
+
+
+def contents(run: Run) -> Contents:
+    """What the run's report shows. Raises ConfigError if there is no finished tree."""
+    record, numbers, topology = run.record(), evaluation(run), load_topology(run.grown_tree)
+    train = _splits(run)["train"]
+    manifest = read_manifest(record["data_url"])
+    class_names = manifest.classes or ()
+    samples = _drawn(run)
+    of_leaves = [one for name, one in samples.items() if name.startswith("leaf-")]
+    classes = max(len(class_names), 0 if train.labels is None else int(train.labels.max()) + 1)
+    tree_metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
+    diffused = storage.finished(run.at("diffusion"))
+    return Contents(
+        name=run.name,
+        topology=topology,
+        images=len(train),
+        facts=_facts(run, manifest, topology),
+        nodes=showing.nodes(
+            topology,
+            load_routing(run.grown_tree, "train"),
+            train,
+            classes,
+            of_leaves if len(of_leaves) == len(topology.leaves) else None,
+            _predicted(numbers, len(topology.leaves)),
+            _elbo(run, len(topology.leaves)),
+        ),
+        config=run.config().to_yaml(),
+        origin=_origin(run),
+        class_names=class_names,
+        draws=showing.root_draws(samples["root-draws"]) if "root-draws" in samples else (),
+        samples=showing.side_by_side(train, samples["prior"]) if "prior" in samples else (),
+        elbo_of="held-out" if "test" in manifest.splits else "training",
+        tables=[_seconds_table(seconds(run))] if numbers is None else table(numbers),
+        charts=showing.charts(tree_metrics, read_metrics(run.at("diffusion", "metrics")) if diffused else []),
+        missing=_missing(diffused, bool(samples), numbers is not None),
+    )
+
+
+def _drawn(run: Run) -> dict[str, Samples]:
+    """The standard samples that are drawn, by name."""
+    if not storage.finished(run.at("diffusion")):
+        return {}
+    jobs = standard_jobs(run)
+    missing = unfinished(jobs)
+    return {name: read_samples(job.url) for name, job in jobs.items() if name not in missing}
+
+
+def _facts(run: Run, manifest: Manifest, topology: Topology) -> list[tuple[str, str]]:
+    """What the run is of, and what it made."""
+    config = run.config()
+    channels, height, width = manifest.shape
+    inside = {"train": "training", "test": "held-out"}
+    facts = [
+        ("Data", manifest.name),
+        ("Images", ", ".join(f"{manifest.samples(s):,} {inside.get(s, s)}" for s in manifest.splits)),
+        ("Size", f"{width} × {height}, {'grey' if channels == 1 else 'colour'}"),
+        ("Tree", f"{len(topology.leaves)} leaves, depth {topology.depth}"),
+    ]
+    if storage.finished(run.at("diffusion")):
+        drawn = config.samples
+        facts += [
+            ("Diffusion condition", config.diffusion.condition),
+            ("Sampler", f"{drawn.sampler.upper()}, {drawn.steps} steps, {drawn.grid} grid"),
+        ]
+    return facts
+
+
+def _origin(run: Run) -> list[tuple[str, str]]:
+    """What made the run."""
+    record = run.record()
+    versions, commit = record.get("versions", {}), record.get("commit")
+    origin = [
+        ("Seed", str(run.config().seed)),
+        ("Data", record["data_url"]),
+        ("Data digest", record["data_digest"][:12]),
+    ]
+    origin += [("Commit", str(commit)[:12])] if commit else []
+    return [*origin, ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+
+
+def _missing(diffused: bool, drawn: bool, evaluated: bool) -> list[str]:
+    """What a run lacks for a whole report, a sentence each."""
+    found = []
+    if not diffused:
+        found.append("This run has no diffusion model yet, so nothing is drawn by one: python -m tdiff.train goes on.")
+    elif not drawn:
+        found.append("This run has no samples yet: python -m tdiff.train goes on.")
+    if not evaluated:
+        found.append("This run is not evaluated yet: python -m tdiff.evaluate gives its numbers.")
+    return found
+
+
+def _predicted(numbers: Settings | None, leaves: int) -> NDArray[np.int64] | None:
+    """The classes [L, C] that a classifier sees in the samples of every leaf, if evaluation.json has them."""
+    found = ((numbers or {}).get("samples", {}).get("treediffusion") or {}).get("classifier_histograms")
+    return np.array(found, np.int64) if found and len(found) == leaves else None
+
+
+def _elbo(run: Run, leaves: int) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+    """ELBO and most probable leaf of every image of likelihood.safetensors, if it is there and of this tree."""
+    url = run.at("likelihood.safetensors")
+    if not storage.exists(url):
+        return None
+    found = {name: tensor.numpy() for name, tensor in storage.read_tensors(url).items()}
+    if found["log_reach"].shape[1] != leaves:
+        return None
+    return found["elbo"], found["log_reach"].argmax(1)
 
 
 def _likelihood_table(bounds: Settings) -> tuple[str, list[tuple[str, ...]]]:
@@ -351,7 +463,11 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
             if name in quality
         ]
         tables.append((title, [("samples", "Fréchet distance", "confidence", "class entropy per leaf"), *found]))
-    times = [(name, f"{value:.1f}") for name, value in numbers["seconds"].items()]
-    total = ("all", f"{sum(numbers['seconds'].values()):.1f}")
-    tables.append(("seconds per phase", [("phase", "seconds"), *times, total]))
+    tables.append(_seconds_table(numbers["seconds"]))
     return tables
+
+
+def _seconds_table(taken: dict[str, float]) -> tuple[str, list[tuple[str, ...]]]:
+    times = [(name, f"{value:.1f}") for name, value in taken.items()]
+    total = ("all", f"{sum(taken.values()):.1f}")
+    return "seconds per phase", [("phase", "seconds"), *times, total]

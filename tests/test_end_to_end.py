@@ -88,7 +88,9 @@ def test_what_a_run_leaves(straight: Path) -> None:
         with Image.open(folder / "figures" / f"{name}.png") as picture:
             assert min(picture.size) > 300, f"{name}.png is too small to look at"
     page = (folder / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert all(f'<section id="{name}"' in page for name in ("tree", "walk", "leaves", "samples", "numbers", "training"))
+    assert page.count('class="node-button') == len(load_topology(run.grown_tree).nodes)
+    assert len(page) < 5e6
     assert "http://" not in page
     assert "https://" not in page
 
@@ -225,7 +227,9 @@ def test_a_tree_alone_is_evaluated_as_far_as_it_goes(straight: Path, tmp_path: P
         assert numbers[part] == whole[part]  # by one worker, as by two
     assert command("report", run.url, cwd=tmp_path).returncode == 0
     page = Path(run.at("report", "index.html")).read_text()
-    assert page.count("data:image/png;base64,") == 2  # the tree and its losses
+    assert '<section id="tree"' in page
+    assert "ELBO" in page
+    assert '<section id="walk"' not in page
     assert {file.name for file in Path(run.at("figures")).iterdir()} == {"tree.png", "losses-tree.png"}
 
 

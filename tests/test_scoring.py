@@ -127,14 +127,14 @@ def test_sample_quality_has_these_numbers(quality: dict[str, dict[str, float]], 
         "treevae",
         "treediffusion",
     }
-    assert set(quality["treevae"]) == set(quality["treediffusion"]) == keys
+    assert set(quality["treevae"]) == set(quality["treediffusion"]) == keys | {"classifier_histograms"}
     assert quality["samples"] == len(splits["train"])
     assert str(len(splits["train"])) in str(quality["reference"])
     numbers = [
         value
         for model in ("treevae", "treediffusion", "real_test")
         for key, value in quality[model].items()
-        if key != "images"
+        if key not in ("images", "classifier_histograms")
     ]
     assert all(isinstance(value, float) and np.isfinite(value) for value in numbers)
 
@@ -146,6 +146,9 @@ def test_sample_quality_tells_images_from_noise(quality: dict[str, dict[str, flo
     assert 0 < test["classifier_frechet"] < 0.5 * noise["classifier_frechet"]
     assert real["classifier_confidence"] > 0.9
     assert real["classifier_entropy"] < 0.2  # every leaf holds one class
+    histograms = np.array(real["classifier_histograms"])
+    assert histograms.sum() == 240
+    assert np.trace(histograms) > 0.9 * 240
 
 
 def test_mixed_leaves_are_less_specific(quality: dict[str, dict[str, float]], splits: dict[str, Images]):

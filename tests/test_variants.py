@@ -42,6 +42,8 @@ def trained_two_steps(config: Config, channels: int, size: int) -> None:
     tree = TreeVAE(config.tree_spec(channels, size), THREE)
     denoiser = Denoiser(denoiser_spec(config, tree))
     objective = DiffusionObjective(denoiser, tree, config.diffusion.condition_dropout)
+    for parameter in denoiser.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # what starts as 0 would keep what lies before it still
     before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     images = torch.rand(2, 2, channels, size, size)
     engine.train(

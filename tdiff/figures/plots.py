@@ -123,7 +123,7 @@ def tree_picture(
     if title:
         sheet.title(title)
 
-    x = _columns(topology)
+    x = leaf_columns(topology)
     indent = (width - len(leaves) * slot) / 2
     across = {node: indent + (column + 0.5) * slot for node, column in x.items()}
     row = {n.id: floor if topology.is_leaf(n.id) else top + n.depth * (inner + band) for n in topology.nodes}
@@ -155,7 +155,7 @@ def tree_picture(
     return sheet.figure
 
 
-def _columns(topology: Topology) -> dict[int, float]:
+def leaf_columns(topology: Topology) -> dict[int, float]:
     """Where every node stands across: leaves at 0, 1, 2 …, inner nodes in the middle of their children."""
     x = {leaf: float(k) for k, leaf in enumerate(topology.leaves)}
     for node in reversed(topology.top_down):

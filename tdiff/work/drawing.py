@@ -17,6 +17,12 @@ from tdiff.tree.growth import leaf_reach, members, node_reach
 from tdiff.tree.topology import Topology
 from tdiff.work.sampling import Samples
 
+FIGURES = ("tree.png", "leaves.png", "root-draw.png", "samples.png", "losses-tree.png", "losses-diffusion.png")
+"""The pictures in the order in which they are looked at."""
+
+Metrics = dict[str, list[dict[str, Any]]]
+Series = dict[str, list[tuple[float, float]]]
+
 
 def leaf_names(topology: Topology) -> list[str]:
     return [f"leaf {k}" for k in range(len(topology.leaves))]
@@ -66,9 +72,14 @@ def side_by_side(train: Images, samples: Samples, count: int = 60) -> Figure:
     return plots.sample_rows(blocks, columns=10)
 
 
-def growing_losses(metrics: dict[str, list[dict[str, Any]]]) -> Figure:
+def growing_losses(metrics: Metrics) -> Figure:
     """The loss of the tree's phases one after the other (name -> metric lines), a colour for each kind of phase."""
-    series: dict[str, list[tuple[float, float]]] = {}
+    return plots.curves(growing_series(metrics), "Growing the tree")
+
+
+def growing_series(metrics: Metrics) -> Series:
+    """Kind of phase -> (images seen before and in it, loss) of all phases of that kind, a gap between two."""
+    series: Series = {}
     before = 0.0
     for phase, lines in metrics.items():
         if lines:
@@ -76,13 +87,17 @@ def growing_losses(metrics: dict[str, list[dict[str, Any]]]) -> Figure:
             points += [(before + float(line["images"]), float(line["loss"])) for line in lines]
             before += float(lines[-1]["images"])
             points.append((before, float("nan")))  # a gap: the next phase of this kind starts elsewhere
-    return plots.curves(series, "Growing the tree")
+    return series
 
 
 def diffusion_losses(lines: list[dict[str, Any]]) -> Figure:
     """The denoising loss over the images seen, in training and on held-out images."""
-    series = {}
-    for name, key in (("training", "loss"), ("validation", "validation/loss")):
-        if points := [(float(line["images"]), float(line[key])) for line in lines if key in line]:
-            series[name] = points
-    return plots.curves(series, "Training the diffusion model")
+    return plots.curves(diffusion_series(lines), "Training the diffusion model")
+
+
+def diffusion_series(lines: list[dict[str, Any]]) -> Series:
+    keys = {"training": "loss", "validation": "validation/loss"}
+    found = {
+        name: [(float(line["images"]), float(line[key])) for line in lines if key in line] for name, key in keys.items()
+    }
+    return {name: points for name, points in found.items() if points}

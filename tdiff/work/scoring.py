@@ -98,7 +98,8 @@ def _flat_scores(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> dict
 
 
 def sample_quality(splits: dict[str, Images], samples: Samples, leaves: int, seed: int) -> dict[str, Any]:
-    """Fréchet distance to the training images, confidence and class entropy per leaf of samples from the prior.
+    """Fréchet distance to the training images, confidence and class entropy per leaf of samples from the prior, and
+    the classes [L, C] that the classifier sees in every leaf.
 
     The reference are the training images themselves, as many as there are samples, in manifest order. For
     scale, the same distance is given for the test images (real ones that no model has seen).
@@ -125,6 +126,7 @@ def sample_quality(splits: dict[str, Images], samples: Samples, leaves: int, see
             "classifier_frechet": frechet_distance(_moments(model, images), reference),
             "classifier_confidence": confidence(logits),
             "classifier_entropy": mean_entropy(histograms),
+            "classifier_histograms": histograms.tolist(),
         }
     return out
 
