@@ -10,7 +10,7 @@ from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
 from tdiff.runs import existing
-from tdiff.work.sampling import MODES
+from tdiff.work.sampling import MODELS, MODES
 
 
 def _plain(value: object) -> str:
@@ -22,6 +22,7 @@ def main() -> None:
     parser = cli.parser("generate", "Draws samples of a trained run. Started again, it draws only what is missing.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
     parser.add_argument("--mode", default="sample", help=f"one of: {', '.join(MODES)} (default: sample)")
+    parser.add_argument("--model", choices=MODELS, help="treevae: the tree's own images (default: treediffusion)")
     parser.add_argument("--num", type=int, help="draws, or test images to reconstruct (default: samples.per_leaf)")
     parser.add_argument("--leaf", type=int, help="index of the leaf to draw (default: by the tree's probabilities)")
     parser.add_argument("--node", type=int, help="id of a node: draw below it, or go on below it from an image's path")

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tdiff import launch, storage
+from tdiff.config import Config
 from tdiff.data.decode import Images
 from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.stream import read_split
-from tdiff.diffusion.condition import DenoiserSpec
 from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
@@ -34,7 +34,7 @@ from tdiff.work import drawing, scoring, showing
 from tdiff.work.growing import load_routing, load_topology
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
-from tdiff.work.sampling import MODES, SampleJob, Samples, draw_shard, evaluations, read_samples
+from tdiff.work.sampling import MODES, SampleJob, Samples, draw_shard, evaluations, load_spec, read_samples
 from tdiff.work.snapshots import recipe
 
 Progress = Callable[[int, int], None]
@@ -45,13 +45,15 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
     """A job into RUN/samples/NAME, by the run's config where `settings` say nothing. Raises ConfigError."""
     config, record = run.config(), run.record()
     tree_url, diffusion_url = run.grown_tree, run.at("diffusion")
-    if not storage.finished(diffusion_url):
-        raise ConfigError(f"RUN {run.url} has no diffusion model yet: finish it with python -m tdiff.train.")
+    if settings.get("model") != "treevae" and not storage.finished(diffusion_url):
+        raise ConfigError(
+            f"RUN {run.url} has no diffusion model yet: finish it with python -m tdiff.train, or take model=treevae."
+        )
     topology = load_topology(tree_url)
-    spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
     drawn_by = ("steps", "sampler", "grid", "start", "guidance", "guidance_interval", "ema")
     defaults: Settings = {
         "mode": "sample",
+        "model": "treediffusion",
         "num": config.samples.per_leaf,
         "seed": config.seed,
         "leaf": None,
@@ -75,22 +77,8 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
         raise ConfigError(f"mode={chosen['mode']} is not known: take one of {', '.join(MODES)}.")
     if leaf is not None and chosen["mode"].endswith("all-leaves"):
         raise ConfigError(f"leaf={leaf} has no effect with mode={chosen['mode']}: leave one of them out.")
-    steps, most = chosen["steps"], spec.timesteps
-    if spec.objective == "edm" and chosen["grid"] != "karras":
-        raise ConfigError(f"grid={chosen['grid']} is one of time steps, and this model has noise levels: take karras.")
-    if steps < 2 or (spec.objective != "edm" and steps > most):
-        raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
-    if chosen["guidance"] and not spec.null:
-        raise ConfigError(
-            f"guidance={chosen['guidance']:g} needs a model that was sometimes told nothing: train one with "
-            "diffusion.condition_dropout=0.1."
-        )
-    if (interval := chosen["guidance_interval"]) and not 0 <= interval[0] <= interval[1]:
-        raise ConfigError(f"guidance_interval={list(interval)} must be two rising noise levels of at least 0.")
-    if chosen["ema"] == config.diffusion.ema and config.diffusion.ema_decay is None:
-        chosen["ema"] = None  # which is the one in ema.safetensors
-    if chosen["ema"] is not None:
-        recipe(diffusion_url, chosen["ema"])
+    if chosen["model"] == "treediffusion":
+        _check_denoising(config, diffusion_url, chosen)
     for key in ("num", "batch"):
         if chosen[key] < 1:
             raise ConfigError(f"{key}={chosen[key]} cannot be used: take 1 or more.")
@@ -110,6 +98,27 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
         max_bad_samples=config.data.max_bad_samples,
         **chosen,
     )
+
+
+def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> None:
+    """Raises ConfigError if the diffusion model cannot be asked to denoise so; settles which EMA draws."""
+    spec = load_spec(diffusion_url)
+    steps, most = chosen["steps"], spec.timesteps
+    if spec.objective == "edm" and chosen["grid"] != "karras":
+        raise ConfigError(f"grid={chosen['grid']} is one of time steps, and this model has noise levels: take karras.")
+    if steps < 2 or (spec.objective != "edm" and steps > most):
+        raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
+    if chosen["guidance"] and not spec.null:
+        raise ConfigError(
+            f"guidance={chosen['guidance']:g} needs a model that was sometimes told nothing: train one with "
+            "diffusion.condition_dropout=0.1."
+        )
+    if (interval := chosen["guidance_interval"]) and not 0 <= interval[0] <= interval[1]:
+        raise ConfigError(f"guidance_interval={list(interval)} must be two rising noise levels of at least 0.")
+    if chosen["ema"] == config.diffusion.ema and config.diffusion.ema_decay is None:
+        chosen["ema"] = None  # which is the one in ema.safetensors
+    if chosen["ema"] is not None:
+        recipe(diffusion_url, chosen["ema"])
 
 
 def standard_jobs(run: Run) -> dict[str, SampleJob]:
@@ -163,11 +172,10 @@ def draw(jobs: dict[str, SampleJob], workers: int, progress: Progress | None = N
 
 def _complete(job: SampleJob, shards: list[Shard]) -> None:
     """Writes a drawn job's manifest.json and grid.png, and marks its folder complete."""
-    spec = DenoiserSpec.from_json(storage.read_text(storage.join(job.diffusion_url, "unet.json")))
     manifest = {
         "job": _settings(job),
         "samples": sum(shard.samples for shard in shards),
-        "network_evaluations": evaluations(job, spec),
+        "network_evaluations": evaluations(job),
         "shards": [asdict(shard) for shard in shards],
     }
     storage.write_text(storage.join(job.url, "manifest.json"), json.dumps(manifest, indent=1) + "\n")

@@ -225,6 +225,12 @@ def test_a_tree_alone_is_evaluated_as_far_as_it_goes(straight: Path, tmp_path: P
     assert numbers["samples"] == {}
     for part in ("clustering", "likelihood"):
         assert numbers[part] == whole[part]  # by one worker, as by two
+    drawn = command("generate", run.url, "--model", "treevae", "--num", "7", "--out", "own", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert len(read_samples(run.at("samples", "own")).images) == 7
+    refused = command("generate", run.url, "--num", "7", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "no diffusion model yet" in refused.stderr
     assert command("report", run.url, cwd=tmp_path).returncode == 0
     page = Path(run.at("report", "index.html")).read_text()
     assert '<section id="tree"' in page

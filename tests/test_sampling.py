@@ -196,6 +196,16 @@ def test_a_shard_that_is_there_is_not_drawn_again(new: New):
     assert Path(job.shard_url(0)).read_bytes() == b"as left by an earlier attempt"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_tree_alone_draws_its_own_images(new: New, mode: str):
+    both = everything(new(mode=mode, num=5, batch=6))
+    job = new(mode=mode, num=5, batch=6, model="treevae", diffusion_url="nowhere")
+    alone = everything(job)
+    np.testing.assert_array_equal(alone.images, both.treevae)
+    assert alone.entries == both.entries
+    assert json.loads(Path(job.url, "manifest.json").read_text())["network_evaluations"] == 0
+
+
 # --- counts and entries ------------------------------------------------------------------------------
 
 

@@ -53,6 +53,8 @@ from tdiff.work.reading import as_images, device
 from tdiff.work.snapshots import rebuild
 
 Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
+Model = Literal["treediffusion", "treevae"]
+MODELS: tuple[Model, ...] = ("treediffusion", "treevae")
 MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves")
 
 
@@ -60,6 +62,7 @@ MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "recons
 class SampleJob:
     """What to draw: everything that the shards' contents depend on, and where they go.
 
+    model: treevae draws with the tree alone: its own images, and what says how to denoise has no effect.
     num: root draws (or test images to reconstruct); with all leaves, each gives L images.
     leaf: index of the leaf to force, or None to draw it from the tree. node: id of the node below which leaves are
     drawn; where test images are reconstructed, their own path ends there, and the prior goes on. leaves: how many there
@@ -80,6 +83,7 @@ class SampleJob:
     grid: Grid
     bf16: bool
     leaves: int
+    model: Model = "treediffusion"
     leaf: int | None = None
     node: int | None = None
     start: Start = "noise"
@@ -105,16 +109,25 @@ class SampleJob:
 
 
 @lru_cache(maxsize=1)
-def _models(tree_url: str, diffusion_url: str, ema: float | None) -> tuple[TreeVAE, Denoiser]:
-    """The two models, loaded once per worker and frozen."""
-    tree = load_tree(tree_url)
-    spec = DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
+def _tree(url: str) -> TreeVAE:
+    """The TreeVAE, loaded once per worker and frozen."""
+    return load_tree(url).eval().requires_grad_(False).to(device())
+
+
+@lru_cache(maxsize=1)
+def _denoiser(diffusion_url: str, ema: float | None) -> Denoiser:
+    """The denoiser, loaded once per worker and frozen."""
+    spec = load_spec(diffusion_url)
     denoiser = Denoiser(spec)
     if ema is None:
         denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
     else:
         denoiser.load_state_dict(rebuild(diffusion_url, ema))
-    return tree.eval().requires_grad_(False).to(device()), denoiser.eval().requires_grad_(False).to(device())
+    return denoiser.eval().requires_grad_(False).to(device())
+
+
+def load_spec(diffusion_url: str) -> DenoiserSpec:
+    return DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +166,8 @@ def _tar(job: SampleJob, shard: int) -> bytes:
 
 def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray[np.uint8], NDArray[np.uint8]]:
     """Entries, samples and TreeVAE images (uint8 [B, I, H, H] each) of one shard."""
-    tree, denoiser = _models(job.tree_url, job.diffusion_url, job.ema)
+    tree = _tree(job.tree_url)
+    denoiser = _denoiser(job.diffusion_url, job.ema) if job.model == "treediffusion" else None
     device = next(tree.parameters()).device
     rng = generator("sample", job.seed, shard, device=device)
     first = shard * job.draws_per_shard
@@ -179,9 +193,11 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
         chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=device)
         path = tree.path(visits, rng, chosen, within=node)
         own = leaf_reconstruction(tree, visits, path.leaf)
-        images = _denoised(job, denoiser, noise, path, own, rng)
-        samples.append(_pixels((images + 1) / 2)[:kept])
         plain.append(_pixels(own)[:kept])
+        if denoiser is None:
+            samples.append(plain[-1])
+        else:
+            samples.append(_pixels((_denoised(job, denoiser, noise, path, own, rng) + 1) / 2)[:kept])
         draws = range(first, first + kept)
         entries += [_entry(job, tree, path, draw, row, draw * len(each) + place) for row, draw in enumerate(draws)]
     return entries, np.concatenate(samples), np.concatenate(plain)
@@ -216,8 +232,11 @@ def _process_and_grid(job: SampleJob, spec: DenoiserSpec) -> tuple[Process, list
     return process, time_grid(process, job.grid, job.steps)
 
 
-def evaluations(job: SampleJob, spec: DenoiserSpec) -> int:
-    """How often the network is asked about each sample of a job."""
+def evaluations(job: SampleJob) -> int:
+    """How often the denoiser is asked about each sample of a job."""
+    if job.model == "treevae":
+        return 0
+    spec = load_spec(job.diffusion_url)
     return network_evaluations(
         job.sampler, *_process_and_grid(job, spec), job.guidance, job.guidance_interval or ALWAYS
     )
