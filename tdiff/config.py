@@ -120,6 +120,8 @@ class Diffusion(Section):
     )
     validation_images: int = Field(500, ge=1, description="how many images that takes, in whole batches")
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    recompute: bool = Field(False, description="gradient checkpointing: less memory, a third more work")
+    compile: bool = Field(False, description="torch.compile the U-Net for training; minutes at the start")
     checkpoint_images: int = Field(50_000, ge=1, description="images between resume checkpoints")
 
     @property
@@ -260,7 +262,14 @@ class Config(Section):
                 "precision": True,
                 "data": set(Data.model_fields) - {"block"},
                 "tree": {"run", "checkpoint_images"},
-                "diffusion": {"deepspeed", "validations", "validation_images", "checkpoint_images"},
+                "diffusion": {
+                    "deepspeed",
+                    "validations",
+                    "validation_images",
+                    "recompute",
+                    "compile",
+                    "checkpoint_images",
+                },
                 "evaluation": True,
             },
         )

@@ -158,7 +158,7 @@ class PlainBackend:
     def __init__(self, task: Task):
         self.task = task
         self.parameters = _trainable(task.objective)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay, fused=True)
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(iter(batch.values())).device.type
@@ -226,7 +226,7 @@ class DeepSpeedBackend:
         deepspeed = _import_deepspeed()
         self.task = task
         self.parameters = _trainable(task.objective)
-        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay)
+        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay, fused=True)
         settings: dict[str, Any] = {
             "train_batch_size": task.batch_size,
             "train_micro_batch_size_per_gpu": task.batch_size // task.slots,

@@ -83,6 +83,8 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.validations": (2, False),
     "diffusion.validation_images": (100, False),
     "diffusion.zero": (2, True),
+    "diffusion.recompute": (True, False),
+    "diffusion.compile": (True, False),
     "diffusion.checkpoint_images": (1000, False),
     "samples.per_leaf": (10, True),
     "samples.draws": (100, True),

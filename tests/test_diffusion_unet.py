@@ -1,4 +1,4 @@
-"""Protects the U-Net's shape: the published parameter counts, padding, attention, time embedding, and its JSON."""
+"""Protects the U-Net: parameter counts, padding, attention, time embedding, JSON; the same numbers however computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import interpolate, pad, silu
 
-from tdiff.diffusion.unet import Attention, ResidualBlock, TimeEmbedding, UNet, UNetSpec, group_norm
+from tdiff.diffusion import unet
+from tdiff.diffusion.unet import (
+    Attention,
+    ResidualBlock,
+    TimeEmbedding,
+    UNet,
+    UNetSpec,
+    Upsample,
+    group_norm,
+    normalised,
+)
 
 torch.set_num_threads(1)
 
@@ -85,6 +95,100 @@ def test_autocast_gives_float32_near_full_precision() -> None:
         out = net(x, t)
     assert out.dtype == torch.float32
     assert (out - net(x, t)).norm() < 0.1 * out.norm()
+
+
+def channels_last(device: torch.device) -> torch.memory_format:
+    return torch.channels_last
+
+
+def gradients(net: torch.nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A loss and the gradients of all parameters; dropout draws the same every time."""
+    torch.manual_seed(0)
+    loss = (net(*inputs) - 1).square().mean()
+    return loss.detach(), list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def test_channels_last_equals_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = awake(UNet(SMALL))
+    inputs = torch.randn(3, 2, 6, 6), torch.tensor([5, 400, 900]), torch.randn(3, SMALL.embedding_size)
+    loss, expected = gradients(net, *inputs)
+    seen, last = [], torch.channels_last
+    for block in net.modules():
+        if isinstance(block, ResidualBlock | Attention | Upsample):
+            block.register_forward_hook(lambda _, inputs, out: seen.append(out.is_contiguous(memory_format=last)))
+    monkeypatch.setattr(unet, "memory_format", channels_last)
+    other_loss, other = gradients(net, *inputs)
+    assert len(seen) == (3 + 2 + 3 * 2) + (1 + 1 + 2) + 2
+    assert all(seen)
+    torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_both_layouts_against_the_formula() -> None:
+    norm, x, weight, bias = awake(group_norm(8)), torch.randn(3, 8, 4, 4), torch.randn(3, 8), torch.randn(3, 8)
+    plain = norm(x)
+    affine = (plain - norm.bias[:, None, None]) / norm.weight[:, None, None]
+    affine = affine * weight[:, :, None, None] + bias[:, :, None, None]
+    for y in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(normalised(norm, y, norm.weight, norm.bias), plain)
+        torch.testing.assert_close(normalised(norm, y, weight, bias), affine, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputing_gives_the_same_loss_and_gradients(autocast: bool) -> None:
+    net = awake(UNet(replace(SMALL, dropout=0.3)))
+    inputs = torch.randn(3, 2, 6, 6), torch.tensor([5, 400, 900]), torch.randn(3, SMALL.embedding_size)
+    calls = []
+    net.middle[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = gradients(net, *inputs)
+        net.recompute = True
+        torch.testing.assert_close(gradients(net, *inputs), expected, rtol=0, atol=0)
+    assert len(calls) == 1 + 2  # the second time forward and again backward
+    with torch.no_grad():
+        net(*inputs)
+    assert len(calls) == 4
+    assert "recompute" not in net.spec.to_dict()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_bf16_is_near_fp32_in_loss_and_gradients(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tolerances: 1% of the loss; of the gradient, all parameters together, 3% (a bf16 number has 0.4%)."""
+    net = awake(UNet(DIGITS), seed=1).eval()
+    inputs = torch.randn(8, 1, 8, 8), torch.arange(0, 1000, 125), torch.randn(8, DIGITS.embedding_size)
+    if last:
+        monkeypatch.setattr(unet, "memory_format", channels_last)
+    loss, expected = gradients(net, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough_loss, rough = gradients(net, *inputs)
+    assert all(g.dtype == torch.float32 for g in rough)
+    torch.testing.assert_close(rough_loss, loss, rtol=0.01, atol=0)
+    a, b = (torch.cat([g.flatten() for g in parts]) for parts in (rough, expected))
+    assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_compiling_keeps_the_names_of_the_state() -> None:
+    """`Module.compile` works in place, so that nothing called _orig_mod can come into ema.safetensors."""
+    net, x, t = awake(UNet(SMALL)), torch.randn(2, 2, 6, 6), torch.tensor([5, 900])
+    expected, names = net(x, t), list(net.state_dict())
+    net.compile(backend="eager")  # through Dynamo, without the minutes of a C++ compiler
+    torch.testing.assert_close(net(x, t), expected)
+    assert list(net.state_dict()) == names
+    assert not any("_orig_mod" in name for name in (*names, *dict(net.named_parameters()), *dict(net.named_modules())))
+
+
+def test_upsampling_is_nearest_neighbours_and_a_conv() -> None:
+    layer, x = awake(Upsample(6)), torch.randn(2, 6, 5, 5)
+    expected = layer.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(layer(x, torch.empty(0)), expected)
+
+
+def test_written_out_attention_of_bf16_is_that_of_fp32() -> None:
+    layer, x = awake(Attention(32, heads=2)), torch.randn(3, 32, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = layer(x)
+    change = layer(x) - x
+    assert (rough - x - change).norm() < 0.02 * change.norm()
 
 
 def test_attention_against_an_explicit_softmax() -> None:

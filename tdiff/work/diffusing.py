@@ -94,9 +94,17 @@ def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
 
 
 def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor) -> Tensor:
-    """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1]."""
-    images = tree.leaf_images(visits)  # [B, L, I, H, H]
-    return images[torch.arange(len(leaf), device=leaf.device), leaf]
+    """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1]; for a tree in evaluation mode.
+
+    Every leaf decodes its own samples alone.
+    """
+    size = tree.spec.image_size
+    images = torch.empty(len(leaf), tree.spec.channels, size, size, device=leaf.device)
+    for index, node in enumerate(tree.topology.leaves):
+        rows = (leaf == index).nonzero().squeeze(1)
+        if len(rows):
+            images[rows] = tree.image(node, visits[node].z[rows])
+    return images
 
 
 class DiffusionObjective(nn.Module):
@@ -199,6 +207,9 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     tree = load_tree(phase.tree_url)
     torch.manual_seed(seed_of("init", config.seed, PHASE))
     denoiser = Denoiser(denoiser_spec(config, tree))
+    denoiser.unet.recompute = section.recompute
+    if section.compile:
+        denoiser.unet.compile()  # in place: torch.compile would put its _orig_mod into the tensors' names
     objective = DiffusionObjective(denoiser, tree, section.condition_dropout, section.min_snr)
     order = Order(train.counts(), section.batch, section.slots, config.seed, PHASE, config.data.block)
     steps = (
