@@ -18,7 +18,7 @@ from tdiff.diffusion.condition import CONDITIONS, Denoiser
 from tdiff.engine import Task
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
-from tdiff.work.diffusing import DiffusionObjective, denoiser_spec
+from tdiff.work.diffusing import DiffusionObjective, denoiser_spec, leaf_reconstruction
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "celeba": (3, 64), "cubicc": (3, 64)}
@@ -52,6 +52,16 @@ def trained_two_steps(config: Config, channels: int, size: int) -> None:
     )
     assert all(p.isfinite().all() for p in denoiser.parameters())
     assert [name for name, p in denoiser.named_parameters() if torch.equal(p, before[name])] == []
+
+
+@torch.no_grad()
+def test_every_sample_is_reconstructed_by_its_own_leaf() -> None:
+    torch.manual_seed(0)
+    tree = TreeVAE(load(str(CONFIGS / "mnist.yaml"), ["tree.feature_channels=8"]).tree_spec(1, 28), THREE).eval()
+    visits = tree.walk(torch.rand(20, 1, 28, 28))
+    for leaf in (torch.randint(0, 3, (20,)), torch.zeros(20, dtype=torch.long)):
+        expected = tree.leaf_images(visits)[torch.arange(20), leaf]
+        torch.testing.assert_close(leaf_reconstruction(tree, visits, leaf), expected)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

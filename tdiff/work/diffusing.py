@@ -94,9 +94,9 @@ def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
 
 
 def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor) -> Tensor:
-    """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1]; for a tree in evaluation mode.
+    """The reconstruction of each sample's own leaf (indices [B]), [B, I, H, H] in [0, 1].
 
-    Every leaf decodes its own samples alone.
+    Every leaf decodes its own samples alone, which is the same in evaluation mode.
     """
     size = tree.spec.image_size
     images = torch.empty(len(leaf), tree.spec.channels, size, size, device=leaf.device)
