@@ -150,7 +150,7 @@ class Samples(Section):
 
 class Evaluation(Section):
     likelihood_images: int = Field(1000, ge=0, description="held-out images whose log-likelihood is estimated")
-    likelihood_samples: int = Field(100, ge=1, description="importance samples for each of them")
+    likelihood_samples: int = Field(100, ge=2, description="importance samples for each of them")
 
 
 class Config(Section):

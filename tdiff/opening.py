@@ -78,6 +78,10 @@ def _tree_of(config: Config, manifest: Manifest) -> str:
     Raises ConfigError if that tree is none, or not one of this data and these settings.
     """
     assert config.tree.run is not None
+    if config.name is not None:
+        run = Run(storage.absolute(storage.join(config.runs, config.name)))
+        if "run.json" in storage.listing(run.url) and run.has_tree and run.record().get("tree_digest"):
+            return str(run.record()["tree_digest"])  # copied already: the other run is not needed any more
     other, field = existing(config.tree.run), f"tree.run={config.tree.run}"
     if (theirs := other.record()["data_digest"]) != manifest.digest:
         raise ConfigError(f"{field} was grown on other data ({theirs[:12]} there, {manifest.digest[:12]} here).")
@@ -134,6 +138,10 @@ def _identify(
         )
     if record["data_url"] != data_url:
         run.update(data_url=data_url)
+    # What results do not depend on may change: whoever works on the run later goes by what was said last.
+    if (now := config.model_dump(mode="json")) != record["config"]:
+        run.update(config=now)
+        storage.write_text(run.at("config.yaml"), config.to_yaml())
 
 
 @contextmanager

@@ -104,7 +104,7 @@ class Driver:
 
     def grow_tree(self, until: str | None) -> bool:
         """Runs the tree's phases; whether it came to its end (False: `until` came first)."""
-        if self.config.tree.run is not None:
+        if self.config.tree.run is not None and not self.run.has_tree:
             self._take_tree(existing(self.config.tree.run))
         done = self.run.tree_phases()
         for name in done:
@@ -195,7 +195,8 @@ class Driver:
     def report(self) -> dict[str, Any]:
         """Numbers, pictures and the report page, unless that is done; returns the numbers."""
         done = results.evaluation(self.run)
-        if done is None or not storage.finished(self.run.at("report")):
+        settings = self.config.evaluation.model_dump(mode="json")
+        if done is None or done.get("settings") != settings or not storage.finished(self.run.at("report")):
             started = time.time()
             launch.connect(self.workers)
             done = results.evaluate(self.run, launch.at_once(self.workers))

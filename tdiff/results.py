@@ -221,6 +221,7 @@ def evaluate(run: Run, workers: int) -> Settings:
     result = {
         "run": run.name,
         "data": {"url": record["data_url"], "digest": record["data_digest"]},
+        "settings": run.config().evaluation.model_dump(mode="json"),
         "leaves": len(topology.leaves),
         "clustering": clusters,
         "likelihood": bounds,
@@ -237,18 +238,11 @@ def likelihood(run: Run, workers: int) -> Settings:
     """
     config, record = run.config(), run.record()
     manifest = read_manifest(record["data_url"])
-    job = LikelihoodJob(
-        tree_url=run.grown_tree,
-        data_url=record["data_url"],
-        split="test" if "test" in manifest.splits else "train",
-        images=config.evaluation.likelihood_images,
-        samples=config.evaluation.likelihood_samples,
-        seed=config.seed,
-        max_bad_samples=config.data.max_bad_samples,
-    )
-    calls = [(job, *block) for block in job.blocks()]
-    found = dict(launch.map_on_actors(likelihood_block, calls, workers))
-    arrays = joined([found[k] for k in range(len(calls))])
+    split = "test" if "test" in manifest.splits else "train"
+    job = LikelihoodJob(run.grown_tree, record["data_url"], split, config)
+    blocks = job.blocks()
+    found = dict(launch.map_on_actors(likelihood_block, [(job, *block) for block in blocks], workers))
+    arrays = joined(blocks, [found[k] for k in range(len(blocks))])
     storage.write_bytes(run.at("likelihood.safetensors"), save_arrays(arrays))
     return likelihood_summary(job, arrays, math.prod(manifest.shape), config.tree.likelihood == "gaussian")
 

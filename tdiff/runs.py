@@ -50,10 +50,16 @@ class Run:
         return done
 
     @property
+    def has_tree(self) -> bool:
+        """Whether the tree is finished."""
+        done = self.tree_phases()
+        return bool(done) and done[-1].endswith("-finetune")
+
+    @property
     def grown_tree(self) -> str:
         """Folder of the finished tree. Raises ConfigError if there is none yet."""
         done = self.tree_phases()
-        if not done or not done[-1].endswith("-finetune"):
+        if not self.has_tree:
             raise ConfigError(f"RUN {self.url} has no finished tree yet: finish it with python -m tdiff.train.")
         return self.at("tree", done[-1])
 

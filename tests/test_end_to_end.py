@@ -120,7 +120,17 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     split = children["01-split-1"].data.metrics if "01-split-1" in children else children["01-split-2"].data.metrics
-    assert {"share/3", "share/4", "effective_leaves", "nmi_train", "acc_test", "kl_decisions", "alpha"} <= set(split)
+    assert {
+        "share/3",
+        "share/4",
+        "effective_leaves",
+        "train_share/3",
+        "train_effective_leaves",
+        "nmi_train",
+        "acc_test",
+        "kl_decisions",
+        "alpha",
+    } <= set(split)
     assert parent.data.params["diffusion.images"] == "2560"
     assert parent.data.tags["mlflow.source.git.commit"]
     assert "clustering.tree_test.nmi" in parent.data.metrics

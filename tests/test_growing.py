@@ -11,6 +11,7 @@ from making import DataSet, make_set
 
 from tdiff import storage
 from tdiff.data.stream import Reader
+from tdiff.errors import ConfigError
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.losses import frozen_features
 from tdiff.tree.model import TreeSpec, TreeVAE, evaluating
@@ -67,12 +68,30 @@ def test_frozen_features_are_those_of_the_members(
     ids = np.arange(0, IMAGES, 2)
     kept = frozen_of(model, 3, reader(data), ids, Alone())
     assert list(tmp_path.iterdir()) == []  # what lies on disk has no name any more
+    assert ("tdiff-frozen-" in Path("/proc/self/maps").read_text()) == on_disk
     assert len(kept) == len(ids)
     rows = np.array([549, 0, 511, 512])  # across blocks
     with evaluating(model):
         expected = frozen_features(model, 3, as_images(data.images[ids[rows]]))
     for name, tensor in unpacked(kept[rows], model, 3)._asdict().items():
         torch.testing.assert_close(tensor, getattr(expected, name), msg=name)
+
+
+def test_a_disk_without_room_is_told_before_it_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(growing, "FROZEN_IN_MEMORY", 1000)
+    with pytest.raises(ConfigError, match=r"has no room for 40000000\.0 GB of frozen features"):
+        growing._storage(10**9, 10**7)
+
+
+def test_the_workers_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(growing, "FROZEN_IN_MEMORY", 4000)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for workers, on_disk in (("1", False), ("8", True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", workers)
+        kept = growing._storage(100, 10)
+        assert kept.shape == (100, 10)
+        assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == on_disk
 
 
 def test_decisions_carry_the_labels_and_come_back(model: TreeVAE, data: DataSet, tmp_path: Path):
@@ -117,5 +136,10 @@ def test_a_phases_numbers_are_of_its_decisions():
     left[labels == 0, TOPOLOGY.deciding.index(1)] = 1
     found = progress(TOPOLOGY, {"train": Decisions(left, labels), "test": Decisions(left, None)})
     assert found == pytest.approx(
-        {"share/3": 1 / 3, "share/4": 1 / 3, "share/2": 1 / 3, "effective_leaves": 3, "acc_train": 1, "nmi_train": 1}
+        {
+            **{f"train_share/{leaf}": 1 / 3 for leaf in (3, 4, 2)},
+            "train_effective_leaves": 3,
+            "acc_train": 1,
+            "nmi_train": 1,
+        }
     )

@@ -213,7 +213,8 @@ def test_what_results_do_not_depend_on_may_change(tmp_path: Path):
     run = open_run(here(tmp_path, "name=mine"))
     record = run.record()
     again = here(tmp_path, "name=mine", "workers=2", "tracking=http://elsewhere", "diffusion.checkpoint_images=1")
-    assert open_run(again).record() == record
+    assert open_run(again).record() == {**record, "config": again.model_dump(mode="json")}
+    assert run.config() == configs.load(run.at("config.yaml")) == again  # what was said last counts from now on
 
 
 def test_another_config_under_the_same_name_is_refused(tmp_path: Path):
@@ -395,6 +396,18 @@ def test_a_tree_of_another_run_is_copied_once(grown: Run, tmp_path: Path):
     assert len(said) == 3
     driver._take_tree(grown)
     assert len(said) == 3
+
+
+def test_a_tree_that_is_copied_needs_the_other_run_no_more(grown: Run, tmp_path: Path):
+    config = here(tmp_path, "name=mine", f"tree.run={grown.url}")
+    run = open_run(config)
+    for name in grown.tree_phases():
+        storage.copy(grown.at("tree", name), run.at("tree", name))
+    record = run.record()
+    shutil.rmtree(grown.url)
+    assert open_run(config).record() == record
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        open_run(here(tmp_path, "name=other", f"tree.run={grown.url}"))
 
 
 def test_runs_of_one_tree_are_told_apart_by_it(grown: Run, tmp_path: Path):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from tdiff.data.augment import RECIPES, augment, uniforms
 from tdiff.data.order import Order
 from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
+from tdiff.errors import ConfigError
 from tdiff.seeds import seed_of
 from tdiff.tree.contrastive import decision_loss, feature_loss
 from tdiff.tree.growth import EFFECTIVE_SHARE, leaf_reach, members, node_reach
@@ -45,7 +47,7 @@ LABELS = ".labels"
 """Ends the name of a split's labels in routing.safetensors."""
 
 FROZEN_IN_MEMORY = 4_000_000_000
-"""Bytes of frozen features that a worker keeps in memory; more lie in a file on its disk."""
+"""Bytes of frozen features that the workers of a node keep in memory together; more lie in files on its disk."""
 
 Kind = Literal["root", "split", "refit", "finetune"]
 
@@ -177,7 +179,9 @@ class SplitObjective(nn.Module):
 
 
 def _shares(leaves: Sequence[int], reach: Tensor) -> dict[str, Tensor]:
-    """Metrics of reach [L, B] at the leaves: the share of the batch that each holds, and how many hold at least 1%."""
+    """Metrics of reach [L, B] at the leaves that train: the share of the batch that each holds, and how many hold at
+    least 1% of it. In a split that is a batch of one leaf's images.
+    """
     share = reach.detach().mean(1)
     effective = (share >= EFFECTIVE_SHARE).sum().to(share.dtype)
     named = {f"share/{leaf}": s for leaf, s in zip(leaves, share.unbind(), strict=True)}
@@ -351,10 +355,21 @@ def frozen_of(model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64], 
 
 
 def _storage(rows: int, columns: int) -> Tensor:
-    """Room for float32 [rows, columns], in memory or, where that is too much of it, in a file that nobody else sees."""
-    if rows * columns * 4 <= FROZEN_IN_MEMORY:
+    """Room for float32 [rows, columns], in memory or, where that is too much of it, in a file that nobody else sees.
+
+    Raises ConfigError if the disk has no room for it.
+    """
+    size = rows * columns * 4
+    if size <= FROZEN_IN_MEMORY // int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         return torch.empty(rows, columns)
     with NamedTemporaryFile(prefix="tdiff-frozen-") as file:  # its disk space is free again when the tensor is gone
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would kill this process in the middle
+        except OSError as error:
+            raise ConfigError(
+                f"TMPDIR={gettempdir()} has no room for {size / 1e9:.1f} GB of frozen features ({error.strerror}): "
+                "set it to a folder that has."
+            ) from error
         return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
 
 

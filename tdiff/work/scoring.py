@@ -22,12 +22,15 @@ from tdiff.evaluation.classifier import Classifier, class_histograms, confidence
 from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
 from tdiff.evaluation.controls import kmeans, ward
 from tdiff.evaluation.frechet import Moments, frechet_distance
-from tdiff.seeds import seed_of
+from tdiff.seeds import permutation, seed_of
 from tdiff.tree.growth import effective_leaves, leaf_reach
 from tdiff.tree.topology import Topology
 from tdiff.work.growing import Decisions
 from tdiff.work.reading import as_images
 from tdiff.work.sampling import Samples
+
+KMEANS_VALUES = 50_000_000
+"""Pixel values that k-means is fitted to at most: 0.4 GB, 63,775 images of 28x28."""
 
 WARD_IMAGES = 10_000
 """Images that Ward is fitted to at most: its memory grows with their square (0.8 GB for so many)."""
@@ -51,8 +54,8 @@ def clustering(
     """The tree's scores on every labelled split, beside k-means' and Ward's on the same images of the test split.
 
     k-means is fitted to the training pixels and applied to the test images; Ward, which cannot be applied to new
-    images, is fitted to the test images and as many of the training images before the first WARD_IMAGES are reached.
-    Both get the number of classes, which the tree is not told.
+    images, is fitted to the test images and training images beside them. Each takes as many, drawn by the seed, as
+    memory allows (KMEANS_VALUES, WARD_IMAGES). Both get the number of classes, which the tree is not told.
     """
     out: dict[str, dict[str, float]] = {}
     for split, images in splits.items():
@@ -62,16 +65,20 @@ def clustering(
     train, test = splits["train"], splits.get("test")
     if test is not None and test.labels is not None:
         classes = len(np.unique(test.labels))
-        pixels, held_out = train.images.reshape(len(train), -1) / 255, test.images.reshape(len(test), -1) / 255
-        _, clusters = kmeans(pixels, held_out, classes, seed_of("kmeans", seed) % 2**31)
-        out["kmeans_test"] = _flat_scores(test.labels, clusters)
-        held_out = held_out[:WARD_IMAGES]
-        beside = pixels[: WARD_IMAGES - len(held_out)]
+        of_train = permutation(len(train), "controls", seed)
+        pixels = _flat(train.images[of_train[: KMEANS_VALUES // train.images[0].size]])
+        _, clusters = kmeans(pixels, _flat(test.images), classes, seed_of("kmeans", seed) % 2**31)
+        out["kmeans_test"] = _flat_scores(test.labels, clusters) | {"fitted_to": len(pixels)}
+        of_test = permutation(len(test), "controls", seed)[:WARD_IMAGES]  # images may be sorted by class
+        beside, held_out = pixels[: WARD_IMAGES - len(of_test)], _flat(test.images[of_test])
         clusters = ward(np.concatenate([beside, held_out]), classes)[len(beside) :]
-        out["ward_test"] = _flat_scores(test.labels[:WARD_IMAGES], clusters) | {
-            "fitted_to": len(beside) + len(held_out)
-        }
+        out["ward_test"] = _flat_scores(test.labels[of_test], clusters) | {"fitted_to": len(beside) + len(held_out)}
     return out
+
+
+def _flat(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """uint8 [K, I, H, H] -> [K, I H H] in [0, 1]."""
+    return images.reshape(len(images), -1) / 255
 
 
 def progress(topology: Topology, decisions: dict[str, Decisions]) -> dict[str, float]:
@@ -79,8 +86,9 @@ def progress(topology: Topology, decisions: dict[str, Decisions]) -> dict[str, f
     ACC and NMI of the splits whose images have labels.
     """
     reach = leaf_reach(topology, decisions["train"].left)
-    out: dict[str, float] = {f"share/{leaf}": float(p) for leaf, p in zip(topology.leaves, reach.mean(0), strict=True)}
-    out["effective_leaves"] = effective_leaves(reach)
+    shares = zip(topology.leaves, reach.mean(0), strict=True)
+    out: dict[str, float] = {f"train_share/{leaf}": float(share) for leaf, share in shares}
+    out["train_effective_leaves"] = effective_leaves(reach)
     for split, (left, labels) in decisions.items():
         if labels is not None:
             clusters = leaf_reach(topology, left).argmax(1)
