@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
-from tdiff.diffusion.process import Schedule, denoising_loss
+from tdiff.diffusion.process import make_process
 from tdiff.diffusion.unet import UNet, UNetSpec
 from tdiff.tree.model import TreeSpec, TreeVAE
 from tdiff.tree.topology import Topology
@@ -236,7 +236,7 @@ def conditioning(size: int, batch: int, repeats: int, device: torch.device) -> d
     nodes, latent = len(tree.topology.nodes), shape.latent_channels * shape.size**2
     denoiser = Denoiser(DenoiserSpec(spec, "path", "index", nodes, latent)).to(device)
     assert denoiser.path_encoder is not None
-    encoder, schedule, bf16 = denoiser.path_encoder, Schedule(), has_fast_bf16(device)
+    encoder, process, bf16 = denoiser.path_encoder, make_process("noise", 1000), has_fast_bf16(device)
     images = torch.rand(batch, spec.channels, size, size, device=device)
     t, noise = torch.randint(0, 1000, (batch,), device=device), torch.randn_like(images)
     rng = torch.Generator(device).manual_seed(0)
@@ -257,7 +257,7 @@ def conditioning(size: int, batch: int, repeats: int, device: torch.device) -> d
             return output
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = denoising_loss(predict, schedule, 2 * images - 1, t, noise).mean
+            loss = process.loss(predict, 2 * images - 1, t, noise).mean
         loss.backward()
         optimizer.step()
 

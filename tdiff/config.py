@@ -231,6 +231,10 @@ class Config(Section):
                 f"samples.guidance={self.samples.guidance:g} needs a model that is sometimes told nothing: take "
                 "diffusion.condition_dropout=0.1 and a condition with it"
             )
+        if self.diffusion.compile and self.diffusion.zero == 3:
+            raise ValueError(
+                "diffusion.compile=true cannot trace the partitioned weights of diffusion.zero=3: take diffusion.zero=2"
+            )
         if (interval := self.samples.guidance_interval) and not 0 <= interval[0] <= interval[1]:
             raise ValueError(
                 f"samples.guidance_interval={list(interval)} must be two rising noise levels of at least 0"
@@ -267,7 +271,6 @@ class Config(Section):
                     "validations",
                     "validation_images",
                     "recompute",
-                    "compile",
                     "checkpoint_images",
                 },
                 "evaluation": True,

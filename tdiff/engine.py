@@ -238,7 +238,9 @@ class DeepSpeedBackend:
             "steps_per_print": 2**62,
         }
         if task.autocast:
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # By default DeepSpeed would also round gradients, and ZeRO 3 weights, on their way between workers.
+            safe: list[str] = []
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": safe}
         self.engine, *_ = deepspeed.initialize(
             model=task.objective,
             model_parameters=list(self.parameters.values()),
@@ -353,15 +355,29 @@ def _import_deepspeed(distributed: bool = True) -> Any:
 
 DEEPSPEED_KEYS = (
     "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "comms_logger",
     "flops_profiler",
     "wall_clock_breakdown",
     "memory_breakdown",
 )
 """What a file of DeepSpeed settings may hold: how work is shared and watched, nothing that results depend on."""
+
+
+ZERO_KEYS = (
+    "stage",
+    "overlap_comm",
+    "contiguous_gradients",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "reduce_scatter",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "round_robin_gradients",
+)
+"""Of its section zero_optimization: not what rounds (ZeRO++), nor what moves the partitions elsewhere (offloading)."""
 
 
 def check_deepspeed(settings: Mapping[str, Any], zero: int) -> None:
@@ -372,6 +388,9 @@ def check_deepspeed(settings: Mapping[str, Any], zero: int) -> None:
     section = settings.get("zero_optimization", {})
     if not isinstance(section, Mapping):
         raise ValueError(f"zero_optimization is {section!r}: it should be a section")
+    for key in section:
+        if key not in ZERO_KEYS:
+            raise ValueError(f"zero_optimization.{key} cannot be set there: take one of {', '.join(ZERO_KEYS)}")
     if (stage := section.get("stage", zero)) != zero:
         raise ValueError(f"its ZeRO stage is {stage!r} and diffusion.zero is {zero}: make them equal")
     _import_deepspeed(distributed=False)

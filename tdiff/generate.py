@@ -46,6 +46,8 @@ def main() -> None:
     name = arguments.out or "-".join(f"{k}={_plain(v)}" for k, v in given.items())
     if not FOLDER_NAME.fullmatch(name):
         raise ConfigError(f"--out={name} is no plain name: it becomes a folder below RUN/samples.")
+    if results.STANDARD.fullmatch(name):
+        raise ConfigError(f"--out={name} is where the run's own samples lie: take another name.")
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     workers = launch.default_workers(arguments.workers)

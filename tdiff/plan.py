@@ -13,7 +13,7 @@ from tdiff.opening import check_size, data_url
 from tdiff.pipeline import workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
-from tdiff.work.diffusing import denoiser_spec, tracks_of
+from tdiff.work.diffusing import denoiser_spec, steps_of, tracks_of
 
 
 def bytes_per_rank(parameters: int, zero: int, workers: int, emas: int = 0) -> int:
@@ -67,7 +67,7 @@ def main() -> None:
     for name, model, zero, parts, averages in stages:
         count = sum(p.numel() for p in model.parameters())
         memory = bytes_per_rank(count, zero, parts, averages) / 1e6
-        steps = whole * per_epoch if name == "tree" else section.images // section.batch
+        steps = whole * per_epoch if name == "tree" else steps_of(section, images)
         rows.append((name, f"{count:,}", f"{steps:,}", f"{memory:.1f}", str(zero), str(parts)))
     header = ("stage", "parameters", "steps of the whole network", "MB per worker but activations", "ZeRO", "workers")
     cli.show_tables([(f"{images:,} images, {chosen.tree.max_leaves} leaves", [header, *rows])])

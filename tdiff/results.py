@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -85,6 +86,7 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
     data_url = record["data_url"]
     if chosen["mode"].startswith("reconstruct"):
         splits = read_manifest(data_url)
+        _check_data(run, splits)
         there = splits.samples("test") if "test" in splits.splits else 0
         if chosen["num"] > there:
             raise ConfigError(f"num={chosen['num']} is more than the {there} test images: take at most {there}.")
@@ -108,6 +110,8 @@ def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> No
         raise ConfigError(f"grid={chosen['grid']} is one of time steps, and this model has noise levels: take karras.")
     if steps < 2 or (spec.objective != "edm" and steps > most):
         raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
+    if not 0 <= chosen["guidance"] < math.inf:
+        raise ConfigError(f"guidance={chosen['guidance']} cannot be used: take 0 or more.")
     if chosen["guidance"] and not spec.null:
         raise ConfigError(
             f"guidance={chosen['guidance']:g} needs a model that was sometimes told nothing: train one with "
@@ -119,6 +123,10 @@ def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> No
         chosen["ema"] = None  # which is the one in ema.safetensors
     if chosen["ema"] is not None:
         recipe(diffusion_url, chosen["ema"])
+
+
+STANDARD = re.compile(r"prior|root-draws|leaf-\d+")
+"""Names in RUN/samples that a run itself uses."""
 
 
 def standard_jobs(run: Run) -> dict[str, SampleJob]:
@@ -189,13 +197,20 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
 # --- numbers and pictures ----------------------------------------------------------------------------
 
 
+def _check_data(run: Run, manifest: Manifest) -> None:
+    """Raises ConfigError if a run's data is no longer what it was made from."""
+    record = run.record()
+    if manifest.digest != record["data_digest"]:
+        url = record["data_url"]
+        raise ConfigError(f"RUN {run.url} was made from other data than {url} now holds: bring the old data back.")
+
+
 def _splits(run: Run) -> dict[str, Images]:
     """The run's data, decoded. Raises ConfigError if it is no longer what the run was made from."""
     record = run.record()
     url = record["data_url"]
     manifest = read_manifest(url)
-    if manifest.digest != record["data_digest"]:
-        raise ConfigError(f"RUN {run.url} was made from other data than {url} now holds: bring the old data back.")
+    _check_data(run, manifest)
     allowed = run.config().data.max_bad_samples
     return {split: read_split(url, manifest, split, allowed) for split in manifest.splits}
 

@@ -84,7 +84,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "diffusion.validation_images": (100, False),
     "diffusion.zero": (2, True),
     "diffusion.recompute": (True, False),
-    "diffusion.compile": (True, False),
+    "diffusion.compile": (True, True),
     "diffusion.checkpoint_images": (1000, False),
     "samples.per_leaf": (10, True),
     "samples.draws": (100, True),
@@ -287,6 +287,7 @@ def test_a_wrong_value_is_named_with_its_remedy(setting: str, value: str, remedy
         ),
         (["diffusion.objective=edm"], ["samples.grid=quadratic", "diffusion.objective=edm", "samples.grid=karras"]),
         (["diffusion.objective=edm", "diffusion.min_snr=5"], ["diffusion.min_snr is 5", "edm"]),
+        (["diffusion.compile=true", "diffusion.zero=3"], ["diffusion.compile", "diffusion.zero=3", "=2"]),
         (["samples.guidance=1"], ["samples.guidance=1", "diffusion.condition_dropout=0.1"]),
         (
             ["samples.guidance=1", "diffusion.condition_dropout=0.1", "diffusion.condition=none"],

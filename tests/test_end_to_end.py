@@ -285,6 +285,8 @@ def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
         ("generate", [run.url, "--leaf", "9"], "leaf=9 does not exist"),
         ("generate", [run.url, "--steps", "1001"], "steps=1001"),
         ("generate", [run.url, "--node", "99"], "node=99 does not exist"),
+        ("generate", [run.url, "--out", "leaf-03"], "where the run's own samples lie"),
+        ("generate", [run.url, "--guidance", "nan"], "guidance=nan cannot be used"),
         ("generate", [run.url, "--node", "1", "--leaf", "0"], "exclude each other"),
         ("generate", [run.url, "--guidance", "1"], "diffusion.condition_dropout=0.1"),
         ("generate", [run.url, "--guidance-interval", "3", "1"], "two rising noise levels"),

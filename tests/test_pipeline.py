@@ -350,7 +350,9 @@ def test_the_files_of_deepspeed_settings_are_taken(zero: int):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"zero_optimization": {"stge": 1}}', "zero_optimization.stge=1 cannot be used"),
+        ('{"zero_optimization": {"stge": 1}}', "zero_optimization.stge cannot be set there: take one of stage"),
+        ('{"zero_optimization": {"zero_quantized_weights": true}}', "zero_quantized_weights cannot be set there"),
+        ('{"communication_data_type": "bf16"}', "communication_data_type cannot be set there"),
         ('{"zero_optimization": {"reduce_bucket_size": "many"}}', "reduce_bucket_size='many' cannot be used"),
         ('{"zero_optimization": {"stage": 2}}', "its ZeRO stage is 2 and diffusion.zero is 1"),
         ('{"zero_optimization": 1}', "it should be a section"),

@@ -549,9 +549,21 @@ def test_below_a_node_the_prior_goes_on_from_an_image(topology):
             noise = (found[node].z - mean) / variance.sqrt()
             assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
     below = topology.leaves_below(1)
-    torch.testing.assert_close(sum(found[leaf].reach for leaf in below), walked[1].reach)
+    torch.testing.assert_close(sum(found[leaf].reach for leaf in below), torch.ones(400))
     path = tree.path(found, torch.Generator().manual_seed(2), within=1)
     assert {topology.leaves[k] for k in path.leaf.tolist()} == set(below)
+
+
+@torch.no_grad()
+def test_leaves_below_an_improbable_node_come_as_often_as_the_prior_says():
+    tree, x = lively(TreeVAE(GREY, FOUR_LEAVES)).float(), images(GREY, 1).float().expand(4000, -1, -1, -1)
+    walked = dict(tree.walk(x, torch.Generator().manual_seed(0)))
+    walked[1] = walked[1]._replace(reach=torch.full((4000,), 1e-30))
+    found = tree.redrawn_below(1, walked, torch.Generator().manual_seed(1))
+    leaf = tree.path(found, torch.Generator().manual_seed(2), within=1).leaf
+    for k, node in enumerate(FOUR_LEAVES.leaves):
+        expected = found[node].reach.mean() if node in FOUR_LEAVES.leaves_below(1) else torch.zeros(())
+        assert abs((leaf == k).float().mean() - expected) < 0.03  # 4 standard errors
 
 
 @torch.no_grad()

@@ -28,9 +28,6 @@ Decay = Callable[[int], float]
 TRACKS = (0.05, 0.10)
 """Relative widths of the two averages whose snapshots stand for all others (the paper's choice)."""
 
-TRACKS = (0.05, 0.10)
-"""Relative widths of the two averages whose snapshots stand for all others (the paper's choice)."""
-
 
 def relative_width(gamma: float) -> float:
     """Standard deviation of the power function's profile, as a fraction of the run: that of Beta(gamma + 1, 1)."""

@@ -438,9 +438,13 @@ class TreeVAE(nn.Module):
     ) -> dict[int, Visit]:
         """Visits in which everything below `node` is drawn anew from the prior, given what `visits` found at `node`.
 
+        Reach there is that of whoever comes to `node`.
+
         With the visits of an image's `walk`: what else there is in the part of the tree that it came to.
         """
         found = dict(visits)
+        # However improbable the node is: its own reach would round that of the nodes below to nothing.
+        found[node] = found[node]._replace(reach=torch.ones_like(found[node].reach))
         for child in self.topology.top_down:
             if child != node and node in self.topology.path(child):
                 parent = found[self._parent(child)]

@@ -200,6 +200,13 @@ def tracks_of(section: Diffusion) -> tuple[str, dict[str, Decay]]:
     return "constant", power | {"constant": constant_decay(section.ema_decay)}
 
 
+def steps_of(section: Diffusion, images: int) -> int:
+    """How many steps the config asks for, on so many training images."""
+    if section.epochs is not None:
+        return section.epochs * (images // section.batch)
+    return max(1, section.images // section.batch)
+
+
 def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     """Trains the diffusion model and writes its folder."""
     config, section = phase.config, phase.config.diffusion
@@ -212,9 +219,7 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
         denoiser.unet.compile()  # in place: torch.compile would put its _orig_mod into the tensors' names
     objective = DiffusionObjective(denoiser, tree, section.condition_dropout, section.min_snr)
     order = Order(train.counts(), section.batch, section.slots, config.seed, PHASE, config.data.block)
-    steps = (
-        max(1, section.images // section.batch) if section.epochs is None else section.epochs * order.steps_per_epoch
-    )
+    steps = steps_of(section, len(train))
     images = Batches(train, order, steps)
     warmup_steps = section.warmup_images / section.batch
 

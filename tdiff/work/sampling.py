@@ -176,10 +176,10 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
         test = _test_images(job.data_url, job.max_bad_samples)
         rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
         visits = tree.walk(as_images(test.gather(rows)).to(device), rng)
-        if job.node is not None:
-            visits = tree.redrawn_below(job.node, visits, rng)
     else:
         visits = tree.descend(job.draws_per_shard, rng)
+    if job.node is not None:
+        visits = tree.redrawn_below(job.node, visits, rng)
     noise = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)
 
     entries: list[dict[str, object]] = []
