@@ -44,7 +44,9 @@ from torch import Tensor, nn
 
 from tdiff import engine, storage
 from tdiff.config import Config, validated
+from tdiff.data.shards import read_manifest
 from tdiff.data.sources import Source, Split, digits
+from tdiff.data.stream import Reader
 from tdiff.diffusion.ema import TRACKS, gamma_from_width, snapshot_steps
 from tdiff.engine import Batch, NonFiniteError, Task
 from tdiff.errors import ConfigError
@@ -53,8 +55,9 @@ from tdiff.seeds import generator
 from tdiff.tracking import read_metrics
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
+from tdiff.work import growing
 from tdiff.work.diffusing import DiffusionPhase, diffuse
-from tdiff.work.growing import GrowingPhase, grow, save_tree
+from tdiff.work.growing import GrowingPhase, grow, load_tree, save_tree
 from tdiff.work.snapshots import file_name, rebuild
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,8 +76,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `engine.train`. kind: root, split or refit ("views-": of two views in colour), or diffusion; name:
-    folder of its metrics and checkpoints.
+    """One call of `engine.train`. kind: root, split or refit ("views-": of two views in colour), threshold (a root that
+    leaves rows out), or diffusion; name: folder of its metrics and checkpoints.
     """
 
     kind: str
@@ -83,6 +86,7 @@ class Job:
     steps: int
     slots: int = 4
     zero: int = 0
+    bf16: bool = False
     keep_every: int = 10**6
     restore: int | None = None
     """Number of the kept checkpoint to go on from, counted from 0."""
@@ -138,7 +142,7 @@ class _Captured(Exception):
     pass
 
 
-def small_config(slots: int = 4, zero: int = 1, views: bool = False) -> Config:
+def small_config(slots: int = 4, zero: int = 1, views: bool = False, threshold: float = 0.0) -> Config:
     tree: dict[str, Any] = {
         "features": 3,
         "max_leaves": 4,
@@ -147,6 +151,8 @@ def small_config(slots: int = 4, zero: int = 1, views: bool = False) -> Config:
         "batch": 64,
         "slots": slots,
     }
+    if threshold:
+        tree["reach_threshold"] = threshold
     if views:
         tree |= {"encoder": "cnn2", "likelihood": "gaussian", "residual": True, "augmentation": "cifar10"}
         tree["contrastive"] = 100.0
@@ -166,8 +172,9 @@ def small_config(slots: int = 4, zero: int = 1, views: bool = False) -> Config:
 def task_of(job: Job) -> Task:
     """The task that the product itself would train, with the job's steps, checkpoints and mishaps."""
     views = job.kind.startswith("views-")
-    kind: Any = job.kind.removeprefix("views-")
-    url, settings = str(job.folder), small_config(job.slots, job.zero, views)
+    kind: Any = "root" if job.kind == "threshold" else job.kind.removeprefix("views-")
+    threshold = 0.3 if job.kind == "threshold" else 0.0  # each row leaves out one of two leaves, more often than not
+    url, settings = str(job.folder), small_config(job.slots, job.zero, views, threshold)
     start, data_url = (str(job.home / f"{'colour-' if views else ''}{name}") for name in ("start", "data"))
     captured: list[Task] = []
 
@@ -183,7 +190,9 @@ def task_of(job: Job) -> Task:
             previous, leaf = None if kind == "root" else start, 1 if kind == "split" else None
             grow(GrowingPhase(name, kind, url, previous, leaf, data_url, settings), worker)
         else:
-            diffuse(DiffusionPhase(url, start, data_url, settings, bf16=False), worker)
+            # Without it networks as small as these would not be partitioned.
+            partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if job.zero == 3 else {}
+            diffuse(DiffusionPhase(url, start, data_url, settings, job.bf16, partitioned), worker)
     (task,) = captured
     given, reached = task.batch, list[tuple[int, int]]()
 
@@ -397,6 +406,7 @@ PHASES = {
     "refit": 0,
     "views-root": 0,
     "views-split": 0,
+    "threshold": 0,
     "diffusion": 1,
 }  # kind -> ZeRO stage, as the product has it
 
@@ -596,6 +606,50 @@ def test_validation_is_no_part_of_training(fresh: Path) -> None:
     times = [found[6][f"validation/time-{k}"] for k in range(10)]
     assert np.mean(times) == pytest.approx(found[6]["validation/loss"], rel=0.05)  # as many samples of each
     assert {name for name in found[6] if "leaf" in name} <= {"validation/leaf-0", "validation/leaf-1"}
+
+
+def test_bf16_does_not_depend_on_the_zero_stage(home, launch) -> None:
+    """Only the computation of a slot is in bf16: nothing is rounded on its way between workers."""
+    jobs = [Job("diffusion", home, f"bf16-{zero}", 6, zero=zero, bf16=True) for zero in range(4)]
+    launch(2, train_all, jobs)
+    expected = losses(jobs[0])
+    for job in jobs[1:]:
+        np.testing.assert_allclose(losses(job), expected, rtol=1e-3)
+    alone = dataclasses.replace(jobs[0], name="bf16-alone")
+    train(alone)
+    np.testing.assert_allclose(losses(alone), expected, rtol=1e-3)
+    full = dataclasses.replace(jobs[0], name="bf16-not", bf16=False)
+    train(full)
+    assert losses(full) != losses(alone)
+
+
+def decided(rank: int, world: int, home: Path, block: int) -> tuple[Any, Tensor]:
+    """The decisions and the frozen features of a tree, in blocks of so many images."""
+    growing.DECISION_BLOCK = block
+    model, worker = load_tree(str(home / "start")), FolderWorker(rank, world, home)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)  # routers that tell images apart
+    reader = Reader(str(home / "data"), read_manifest(str(home / "data")), "train")
+    found = growing.decisions_of(model, reader, worker)
+    return found.left, growing.frozen_of(model, 1, reader, np.arange(0, IMAGES, 3), worker)
+
+
+@pytest.mark.parametrize("block", [50, IMAGES])
+def test_decisions_and_frozen_features_do_not_depend_on_the_workers(home, launch, block: int) -> None:
+    """Whole blocks of images go to workers, so some may have none."""
+    ((left, frozen),) = launch(1, decided, home, block)
+    assert np.ptp(left) > 0.01
+    assert len(frozen) == -(-IMAGES // 3)
+    for world in (2, 4):
+        for other, features in launch(world, decided, home, block):
+            np.testing.assert_array_equal(other, left)
+            assert torch.equal(features, frozen)
+
+
+def test_a_reach_threshold_changes_what_a_phase_computes(plain) -> None:
+    exact, left_out = plain.phases["root"], plain.phases["threshold"]
+    assert any(not torch.equal(exact.weights[name], left_out.weights[name]) for name in exact.trained)
 
 
 def test_zero_stages_are_equal(home, launch, plain) -> None:
