@@ -239,11 +239,8 @@ class Config(Section):
             raise ValueError(
                 f"samples.guidance_interval={list(interval)} must be two rising noise levels of at least 0"
             )
-        if (
-            self.samples.ema is not None
-            and self.samples.ema != self.diffusion.ema
-            and not self.diffusion.snapshot_count
-        ):
+        followed = self.diffusion.ema if self.diffusion.ema_decay is None else None
+        if self.samples.ema not in (None, followed) and not self.diffusion.snapshot_count:
             raise ValueError(
                 f"samples.ema={self.samples.ema:g} is rebuilt from snapshots, and training keeps none: take "
                 "diffusion.snapshots=16"

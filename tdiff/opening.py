@@ -52,7 +52,7 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     deepspeed_settings(config.diffusion)  # read again when it is needed; what is wrong with it is known now
     data_url, manifest = open_data(config)
     bf16 = resolve_precision(config.precision, workers)
-    tree = None if config.tree.run is None else _tree_of(config, manifest)
+    tree = None if config.tree.run is None else _tree_of(config, manifest, fresh)
     given = set_name(manifest.name)  # it comes from whoever made the data: no path may be in it
     name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest, tree)[:8]}"
     run = Run(storage.absolute(storage.join(config.runs, name)))
@@ -72,15 +72,15 @@ def digest_of(config: Config, bf16: bool, data_digest: str, tree_digest: str | N
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _tree_of(config: Config, manifest: Manifest) -> str:
+def _tree_of(config: Config, manifest: Manifest, fresh: bool) -> str:
     """SHA-256 of the weights of the finished tree of the run that `tree.run` names.
 
     Raises ConfigError if that tree is none, or not one of this data and these settings.
     """
     assert config.tree.run is not None
-    if config.name is not None:
+    if config.name is not None and not fresh:
         run = Run(storage.absolute(storage.join(config.runs, config.name)))
-        if "run.json" in storage.listing(run.url) and run.has_tree and run.record().get("tree_digest"):
+        if "run.json" in storage.listing(run.url) and run.has_tree and run.config().tree.run == config.tree.run:
             return str(run.record()["tree_digest"])  # copied already: the other run is not needed any more
     other, field = existing(config.tree.run), f"tree.run={config.tree.run}"
     if (theirs := other.record()["data_digest"]) != manifest.digest:

@@ -295,6 +295,7 @@ def test_a_wrong_value_is_named_with_its_remedy(setting: str, value: str, remedy
         ),
         (["samples.guidance_interval=[5, 1]"], ["samples.guidance_interval=[5.0, 1.0]", "rising"]),
         (["samples.ema=0.07", "diffusion.snapshots=0"], ["samples.ema=0.07", "diffusion.snapshots=16"]),
+        (["samples.ema=0.1", "diffusion.ema_decay=0.99"], ["samples.ema=0.1", "diffusion.snapshots=16"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings: list[str], parts: list[str]):

@@ -120,10 +120,10 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     split = children["01-split-1"].data.metrics if "01-split-1" in children else children["01-split-2"].data.metrics
+    assert "effective_leaves" in children["00-root"].data.metrics
     assert {
         "share/3",
         "share/4",
-        "effective_leaves",
         "train_share/3",
         "train_effective_leaves",
         "nmi_train",

@@ -118,13 +118,22 @@ def test_decisions_on_images_without_labels_have_none(model: TreeVAE, tmp_path: 
     assert {split: d.labels for split, d in growing.load_decisions(url).items()} == {"train": None, "test": None}
 
 
-def test_shares_are_the_means_of_reach_and_count_the_effective():
+def test_shares_are_the_means_of_reach():
     left = torch.rand(400, 2, dtype=torch.float64)
-    left[:, TOPOLOGY.deciding.index(1)] = 0.999  # leaf 4 holds a thousandth of what comes to node 1
     reach = torch.from_numpy(leaf_reach(TOPOLOGY, left.numpy()))
     found = growing._shares(TOPOLOGY.leaves, reach.T)
     assert [float(found[f"share/{leaf}"]) for leaf in TOPOLOGY.leaves] == pytest.approx(reach.mean(0).tolist())
-    assert float(found["effective_leaves"]) == 2
+
+
+def test_a_batch_tells_how_many_of_its_leaves_are_effective(model: TreeVAE):
+    tree = TreeVAE(model.spec, TOPOLOGY)
+    layer = tree.nodes["1"]["posterior_router"].layers[-1]  # type: ignore[index]
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.constant_(layer.bias, 7.0)  # leaf 4 holds a thousandth of what comes to node 1
+    objective = growing.TreeObjective(tree, lambda step: 1.0, 0.0, 0.0)  # type: ignore[arg-type]
+    _, told = objective({"images": torch.rand(64, 1, 8, 8)}, 0, torch.Generator().manual_seed(0))
+    assert float(told["effective_leaves"]) == 2
+    assert sum(float(told[f"share/{leaf}"]) for leaf in TOPOLOGY.leaves) == pytest.approx(1)
 
 
 def test_a_phases_numbers_are_of_its_decisions():

@@ -406,8 +406,15 @@ def test_a_tree_that_is_copied_needs_the_other_run_no_more(grown: Run, tmp_path:
     for name in grown.tree_phases():
         storage.copy(grown.at("tree", name), run.at("tree", name))
     record = run.record()
+    shutil.copytree(grown.url, tmp_path / "runs" / "other-tree")
+    weights = f"{tmp_path}/runs/other-tree/tree/02-finetune/model.safetensors"
+    storage.write_text(weights, "another tree")
+    with pytest.raises(ConfigError, match=r"tree\.run: .*other-tree here, .*grown there"):
+        open_run(here(tmp_path, "name=mine", f"tree.run={tmp_path}/runs/other-tree"))
     shutil.rmtree(grown.url)
     assert open_run(config).record() == record
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        open_run(config, fresh=True)  # which takes the tree anew
     with pytest.raises(ConfigError, match="is not a run folder"):
         open_run(here(tmp_path, "name=other", f"tree.run={grown.url}"))
 

@@ -29,7 +29,7 @@ from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_w
 from tdiff.diffusion.process import make_process
 from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import ConfigError
-from tdiff.seeds import seed_of
+from tdiff.seeds import permutation, seed_of
 from tdiff.tree.model import Path as TreePath
 from tdiff.tree.model import TreeVAE, Visit
 from tdiff.work.growing import load_tree
@@ -169,14 +169,17 @@ def validation_metrics(means: dict[str, float]) -> dict[str, float]:
 
 
 def _validation(phase: DiffusionPhase, steps: int) -> engine.Validation | None:
-    """Held-out images, or training images where there are no others; the same each of `diffusion.validations` times."""
+    """Held-out images, or training images where there are no others; the same each of `diffusion.validations` times.
+
+    A split's images are often sorted by class, so they are drawn by the run's seed.
+    """
     section = phase.config.diffusion
     if not section.validations:
         return None
     splits = read_manifest(phase.data_url).splits
     reader = open_split(phase.config, phase.data_url, "test" if "test" in splits else "train")
-    count, part = min(section.validation_images, len(reader)), section.batch // section.slots
-    images = reader.gather(np.arange(count))
+    ids = permutation(len(reader), "validation", phase.config.seed)[: section.validation_images]
+    images, count, part = reader.gather(ids), len(ids), section.batch // section.slots
 
     def batch(number: int, slot: int) -> Batch:
         first = (number * section.slots + slot) * part

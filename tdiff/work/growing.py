@@ -135,7 +135,9 @@ class TreeObjective(nn.Module):
         leaves = model.topology.leaves
         reach = pick(walk.reach, [model.topology.top_down.index(leaf) for leaf in leaves])
         loss, told = _weighed(tree_elbo(model, walk, images), self.alpha(step), self.contrastive, terms)
-        return loss, told | _shares(leaves, reach)
+        shares = _shares(leaves, reach)
+        effective = (torch.stack([*shares.values()]) >= EFFECTIVE_SHARE).sum().to(loss.dtype)
+        return loss, {**told, **shares, "effective_leaves": effective}
 
 
 class SplitObjective(nn.Module):
@@ -179,13 +181,10 @@ class SplitObjective(nn.Module):
 
 
 def _shares(leaves: Sequence[int], reach: Tensor) -> dict[str, Tensor]:
-    """Metrics of reach [L, B] at the leaves that train: the share of the batch that each holds, and how many hold at
-    least 1% of it. In a split that is a batch of one leaf's images.
+    """Metrics of reach [L, B] at the leaves that train: the share of the batch that each holds. In a split that is a
+    batch of one leaf's images.
     """
-    share = reach.detach().mean(1)
-    effective = (share >= EFFECTIVE_SHARE).sum().to(share.dtype)
-    named = {f"share/{leaf}": s for leaf, s in zip(leaves, share.unbind(), strict=True)}
-    return named | {"effective_leaves": effective}
+    return {f"share/{leaf}": share for leaf, share in zip(leaves, reach.detach().mean(1).unbind(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,8 @@ def grow(phase: GrowingPhase, worker: Worker) -> None:
         model = load_tree(phase.previous)
     model.to(device())
 
-    task = (_split_task if phase.kind == "split" else _whole_tree_task)(phase, model, train, worker)
+    split = phase.kind == "split"
+    task = _split_task(phase, model, train, worker) if split else _whole_tree_task(phase, model, train)
     outcome = engine.train(task, worker)
 
     decisions = {"train": decisions_of(model, train, worker)}
@@ -287,7 +287,7 @@ class Views:
         return torch.cat([augment(images, recipe, u) for u in drawn])
 
 
-def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Worker) -> Task:
+def _whole_tree_task(phase: GrowingPhase, model: TreeVAE, train: Reader) -> Task:
     tree = phase.config.tree
     epochs, rise = {
         "root": (tree.epochs.initial, tree.kl_step),

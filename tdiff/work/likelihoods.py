@@ -63,10 +63,10 @@ class LikelihoodJob:
 
 
 @lru_cache(maxsize=1)
-def _opened(tree_url: str, data_url: str, split: str, config: str) -> tuple[TreeVAE, Reader]:
-    """The model and the images, loaded once per worker; the config as JSON, which can be hashed."""
-    reader = open_split(Config.model_validate_json(config), data_url, split)
-    return load_tree(tree_url).eval().requires_grad_(False).to(device()), reader
+def _opened(job: LikelihoodJob) -> tuple[TreeVAE, Reader]:
+    """The model and the images, loaded once per worker."""
+    model = load_tree(job.tree_url).eval().requires_grad_(False).to(device())
+    return model, open_split(job.config, job.data_url, job.split)
 
 
 def likelihood_block(job: LikelihoodJob, number: int, ids: Ids, samples: int) -> Arrays:
@@ -74,7 +74,7 @@ def likelihood_block(job: LikelihoodJob, number: int, ids: Ids, samples: int) ->
 
     In nats, of densities where the likelihood is Gaussian: then of dequantised images. Raises NonFiniteError.
     """
-    model, reader = _opened(job.tree_url, job.data_url, job.split, job.config.model_dump_json())
+    model, reader = _opened(job)
     rng = generator("likelihood", job.config.seed, number, device=device())
     x = as_images(reader.gather(ids)).to(device())
     if model.spec.likelihood == "gaussian":

@@ -168,19 +168,19 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
     """Entries, samples and TreeVAE images (uint8 [B, I, H, H] each) of one shard."""
     tree = _tree(job.tree_url)
     denoiser = _denoiser(job.diffusion_url, job.ema) if job.model == "treediffusion" else None
-    device = next(tree.parameters()).device
-    rng = generator("sample", job.seed, shard, device=device)
+    here = device()
+    rng = generator("sample", job.seed, shard, device=here)
     first = shard * job.draws_per_shard
     visits: Mapping[int, Visit]
     if job.mode.startswith("reconstruct"):
         test = _test_images(job.data_url, job.max_bad_samples)
         rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
-        visits = tree.walk(as_images(test.gather(rows)).to(device), rng)
+        visits = tree.walk(as_images(test.gather(rows)).to(here), rng)
     else:
         visits = tree.descend(job.draws_per_shard, rng)
     if job.node is not None:
         visits = tree.redrawn_below(job.node, visits, rng)
-    noise = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=device)
+    noise = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=here)
 
     entries: list[dict[str, object]] = []
     samples, plain = [], []
@@ -190,7 +190,7 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
     if job.mode.endswith("all-leaves"):
         each = [tree.topology.leaves.index(leaf) for leaf in tree.topology.leaves_below(node)]
     for place, leaf in enumerate(each):
-        chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=device)
+        chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=here)
         path = tree.path(visits, rng, chosen, within=node)
         own = leaf_reconstruction(tree, visits, path.leaf)
         plain.append(_pixels(own)[:kept])

@@ -66,19 +66,14 @@ def clustering(
     if test is not None and test.labels is not None:
         classes = len(np.unique(test.labels))
         of_train = permutation(len(train), "controls", seed)
-        pixels = _flat(train.images[of_train[: KMEANS_VALUES // train.images[0].size]])
-        _, clusters = kmeans(pixels, _flat(test.images), classes, seed_of("kmeans", seed) % 2**31)
+        pixels = train.images[of_train[: KMEANS_VALUES // train.images[0].size]] / 255
+        _, clusters = kmeans(pixels, test.images / 255, classes, seed_of("kmeans", seed) % 2**31)
         out["kmeans_test"] = _flat_scores(test.labels, clusters) | {"fitted_to": len(pixels)}
         of_test = permutation(len(test), "controls", seed)[:WARD_IMAGES]  # images may be sorted by class
-        beside, held_out = pixels[: WARD_IMAGES - len(of_test)], _flat(test.images[of_test])
+        beside, held_out = pixels[: WARD_IMAGES - len(of_test)], test.images[of_test] / 255
         clusters = ward(np.concatenate([beside, held_out]), classes)[len(beside) :]
         out["ward_test"] = _flat_scores(test.labels[of_test], clusters) | {"fitted_to": len(beside) + len(held_out)}
     return out
-
-
-def _flat(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """uint8 [K, I, H, H] -> [K, I H H] in [0, 1]."""
-    return images.reshape(len(images), -1) / 255
 
 
 def progress(topology: Topology, decisions: dict[str, Decisions]) -> dict[str, float]:
