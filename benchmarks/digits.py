@@ -43,8 +43,10 @@ def main() -> None:
             "kmeans_acc": numbers["clustering"]["kmeans_test"]["acc"],
             "ward_nmi": numbers["clustering"]["ward_test"]["nmi"],
             "ward_acc": numbers["clustering"]["ward_test"]["acc"],
-            "frechet_treediffusion": samples["treediffusion"]["classifier_frechet"],
-            "frechet_treevae": samples["treevae"]["classifier_frechet"],
+            "frechet_treediffusion": samples["treediffusion"]["classifier_frechet_gen"],
+            "frechet_treevae": samples["treevae"]["classifier_frechet_gen"],
+            "precision_treediffusion": samples["treediffusion"]["classifier_precision_gen"],
+            "recall_treediffusion": samples["treediffusion"]["classifier_recall_gen"],
             "phase_seconds": sum(numbers["seconds"].values()),
             "wall_seconds": wall,
         }

@@ -135,6 +135,8 @@ class Diffusion(Section):
 class Samples(Section):
     per_leaf: int = Field(50, ge=1, description="images drawn for every leaf's grid")
     draws: int = Field(1500, ge=2, description="images drawn from the prior for the sample-quality numbers")
+    blocks: int = Field(1, ge=1, description="how often so many are drawn, with seeds of their own")
+    reconstructions: int = Field(10_000, ge=0, description="held-out images that are reconstructed, at most")
     draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
     steps: int = Field(50, ge=2, description="times of the sampler's grid")
     sampler: Sampler = "ddim"
@@ -151,6 +153,16 @@ class Samples(Section):
 class Evaluation(Section):
     likelihood_images: int = Field(1000, ge=0, description="held-out images whose log-likelihood is estimated")
     likelihood_samples: int = Field(100, ge=2, description="importance samples for each of them")
+    features: tuple[Literal["classifier", "inception"], ...] = Field(
+        ("classifier",), description="networks whose features samples are judged in: inception gives FID"
+    )
+    inception: str | None = Field(
+        None, description="torch-fidelity's InceptionV3 weights, local or s3://; default: they are downloaded"
+    )
+    reference: Literal["train", "test"] = Field("train", description="real images that samples are held against")
+    reference_images: int | None = Field(None, ge=4, description="how many of them; default: all")
+    neighbour_images: int = Field(10_000, ge=4, description="images on each side at most for precision and recall")
+    resamples: int = Field(200, ge=0, description="bootstrap resamples for the error of a Fréchet distance; 0: none")
 
 
 class Config(Section):
@@ -171,7 +183,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         # A folder of its own directly below `runs`: --fresh deletes it. Beside it lie the data and MLflow's files.
-        taken = ("data", "mlartifacts", "mlflow.db")
+        taken = ("data", "evaluation", "mlartifacts", "mlflow.db")
         if self.name is not None and (not FOLDER_NAME.fullmatch(self.name) or self.name in taken):
             raise ValueError(
                 f"name={self.name!r} cannot name a run's folder: take letters, digits, and any of . _ + = - within "

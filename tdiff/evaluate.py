@@ -10,9 +10,16 @@ from tdiff.runs import existing
 def main() -> None:
     parser = cli.parser("evaluate", "Scores anew a run's clusters, their likelihood, and its samples if it has any.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
+    parser.add_argument("--features", help="networks that judge samples: classifier, inception or classifier,inception")
+    parser.add_argument("--inception", metavar="FILE", help="InceptionV3's weights, as torch-fidelity has them")
+    parser.add_argument("--reference", choices=("train", "test"), help="real images that samples are held against")
     parser.add_argument("--workers", type=int, help="Ray actors at most; default: the run's number of workers")
     arguments = parser.parse_args()
     run = existing(arguments.run)
+    given = {name: getattr(arguments, name) for name in ("features", "inception", "reference")}
+    if given["features"] is not None:
+        given["features"] = given["features"].split(",")
+    results.settle(run, {name: value for name, value in given.items() if value is not None})
     workers = launch.default_workers(arguments.workers or run.config().workers)
     launch.connect(workers)
     try:

@@ -10,6 +10,7 @@ from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
 from tdiff.runs import existing
+from tdiff.work.judging import KINDS
 from tdiff.work.sampling import MODELS, MODES
 
 
@@ -38,10 +39,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="default: the run's")
     parser.add_argument("--batch", type=int, help="images per shard; part of what a sample depends on")
     parser.add_argument("--workers", type=int, help="Ray workers (default: 2, or fewer CPUs)")
+    parser.add_argument(
+        "--fid",
+        nargs="?",
+        choices=KINDS,
+        const=True,
+        help="compare with real images while drawing, in the features of this network (default: the run's first)",
+    )
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
     arguments = parser.parse_args()
     run = existing(arguments.run)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "workers", "out")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "workers", "out", "fid")}
     given = {key: value for key, value in settings.items() if value is not None}
     name = arguments.out or "-".join(f"{k}={_plain(v)}" for k, v in given.items())
     if not FOLDER_NAME.fullmatch(name):
@@ -59,14 +67,21 @@ def main() -> None:
         rate = done * job.draws_per_shard * job.images_per_draw / seconds
         console.print(f"shard {done}/{total}  {rate:.1f} images/s  {seconds / done * (total - done):.0f} s left")
 
-    if results.unfinished({name: job}):
+    numbers = None
+    if arguments.fid or results.unfinished({name: job}):
         launch.connect(workers)
         try:
-            results.draw({name: job}, launch.at_once(workers), progress)
+            if arguments.fid:
+                kind = run.config().evaluation.features[0] if arguments.fid is True else arguments.fid
+                numbers = results.draw_and_compare(run, name, job, kind, launch.at_once(workers), progress)
+            else:
+                results.draw({name: job}, launch.at_once(workers), progress)
         finally:
             launch.disconnect()
     count = job.num * job.images_per_draw
     console.print(f"{count} images in {job.url}  (grid.png; {time.monotonic() - started:.1f} s)")
+    if numbers is not None:
+        console.print_json(data=numbers)
 
 
 if __name__ == "__main__":

@@ -139,9 +139,8 @@ def _identify(
     if record["data_url"] != data_url:
         run.update(data_url=data_url)
     # What results do not depend on may change: whoever works on the run later goes by what was said last.
-    if (now := config.model_dump(mode="json")) != record["config"]:
-        run.update(config=now)
-        storage.write_text(run.at("config.yaml"), config.to_yaml())
+    if config.model_dump(mode="json") != record["config"]:
+        run.settle(config)
 
 
 @contextmanager

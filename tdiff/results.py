@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,26 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
-from tdiff import launch, storage
+from tdiff import config as configs
+from tdiff import judging, launch, quality, storage
 from tdiff.config import Config
-from tdiff.data.decode import Images
 from tdiff.data.shards import Manifest, Shard, read_manifest
-from tdiff.data.stream import read_split
 from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
 from tdiff.figures.plots import grid, save
+from tdiff.quality import Fold
 from tdiff.runs import Run
+from tdiff.seeds import seed_of
 from tdiff.tracking import read_metrics
 from tdiff.tree.topology import Topology
 from tdiff.work import drawing, scoring, showing
-from tdiff.work.growing import load_routing, load_topology
+from tdiff.work.drawing import Pictured, pictured
+from tdiff.work.growing import load_decisions, load_routing, load_topology
+from tdiff.work.judging import Extractor, Kind, draw_and_see
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
+from tdiff.work.reading import open_split
 from tdiff.work.sampling import MODES, SampleJob, Samples, draw_shard, evaluations, load_spec, read_samples
 from tdiff.work.snapshots import recipe
 
@@ -85,8 +89,7 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
             raise ConfigError(f"{key}={chosen[key]} cannot be used: take 1 or more.")
     data_url = record["data_url"]
     if chosen["mode"].startswith("reconstruct"):
-        splits = read_manifest(data_url)
-        _check_data(run, splits)
+        splits = run.manifest()
         there = splits.samples("test") if "test" in splits.splits else 0
         if chosen["num"] > there:
             raise ConfigError(f"num={chosen['num']} is more than the {there} test images: take at most {there}.")
@@ -125,17 +128,29 @@ def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> No
         recipe(diffusion_url, chosen["ema"])
 
 
-STANDARD = re.compile(r"prior|root-draws|leaf-\d+")
+STANDARD = re.compile(r"(treevae-)?(prior(-\d+)?|reconstructions)|root-draws|leaf-\d+")
 """Names in RUN/samples that a run itself uses."""
 
 
 def standard_jobs(run: Run) -> dict[str, SampleJob]:
-    """Name in RUN/samples -> what a run draws for its numbers and pictures."""
+    """Name in RUN/samples -> what a run draws for its numbers and pictures.
+
+    The TreeVAE's own images come with every sample, of the same leaf; those that stand for the TreeVAE alone are drawn
+    apart, of the most probable leaf.
+    """
     wanted, seed = run.config().samples, run.config().seed
-    jobs = {
-        "prior": sample_job(run, "prior", num=wanted.draws),
-        "root-draws": sample_job(run, "root-draws", mode="sample-all-leaves", num=wanted.draws_all_leaves),
-    }
+    splits = read_manifest(run.record()["data_url"])
+    held_out = min(wanted.reconstructions, splits.samples("test") if "test" in splits.splits else 0)
+    jobs = {}
+    for model, prefix in (("treediffusion", ""), ("treevae", "treevae-")):
+        for block in range(wanted.blocks):
+            name = f"{prefix}prior" + (f"-{block}" if block else "")
+            own_seed = seed_of("prior", seed, block) if block else seed
+            jobs[name] = sample_job(run, name, model=model, num=wanted.draws, seed=own_seed)
+        if held_out:
+            name = f"{prefix}reconstructions"
+            jobs[name] = sample_job(run, name, model=model, mode="reconstruct", num=held_out)
+    jobs["root-draws"] = sample_job(run, "root-draws", mode="sample-all-leaves", num=wanted.draws_all_leaves)
     for leaf in range(jobs["prior"].leaves):
         name = f"leaf-{leaf:02d}"
         jobs[name] = sample_job(run, name, num=wanted.per_leaf, leaf=leaf, seed=seed + 1 + leaf)
@@ -161,21 +176,64 @@ def unfinished(jobs: dict[str, SampleJob]) -> dict[str, SampleJob]:
     return missing
 
 
-def draw(jobs: dict[str, SampleJob], workers: int, progress: Progress | None = None) -> int:
+@dataclass
+class Looking:
+    """An extractor that looks at samples as they are drawn: what it saw, by name of the job."""
+
+    extractor: Extractor
+    keep: int
+    """How many features to keep."""
+    folds: dict[str, Fold] = field(default_factory=dict)
+
+
+def draw(
+    jobs: dict[str, SampleJob], workers: int, progress: Progress | None = None, looking: Looking | None = None
+) -> int:
     """Draws the missing shards of all jobs on Ray actors and completes their folders; returns how many images."""
     for job in jobs.values():
         storage.write_text(storage.join(job.url, "job.json"), json.dumps(_settings(job), indent=1) + "\n")
     tasks = [(name, shard) for name, job in jobs.items() for shard in range(job.shards)]
     shards: dict[str, dict[int, Shard]] = {name: {} for name in jobs}
-    calls = [(jobs[name], shard) for name, shard in tasks]
-    for finished, (index, entry) in enumerate(launch.map_on_actors(draw_shard, calls, workers), start=1):
+    calls: list[tuple[Any, ...]] = [(jobs[name], shard) for name, shard in tasks]
+    function: Callable[..., Any] = draw_shard
+    if looking is not None:
+        function = draw_and_see
+        calls = [(job, shard, looking.extractor, max(0, looking.keep - shard * job.draws_per_shard * job.images_per_draw)) for job, shard in calls]
+    for finished, (index, result) in enumerate(launch.map_on_actors(function, calls, workers), start=1):
         name, shard = tasks[index]
+        entry = result
+        if looking is not None:
+            entry, seen = result
+            looking.folds.setdefault(name, Fold()).add(shard, seen)
         shards[name][shard] = entry
         if progress is not None:
             progress(finished, len(tasks))
         if len(shards[name]) == jobs[name].shards:
             _complete(jobs[name], [shards[name][k] for k in range(jobs[name].shards)])
     return sum(entry.samples for of_job in shards.values() for entry in of_job.values())
+
+
+def draw_and_compare(
+    run: Run, name: str, job: SampleJob, kind: Kind, workers: int, progress: Progress | None = None
+) -> Settings:
+    """Draws a job, unless that is done, and compares its images with real ones as `evaluate` does.
+
+    The same actors that draw look at what they drew. Writes quality.json into the job's folder and returns it. Raises
+    ConfigError if there is nobody to judge.
+    """
+    extractor = judging.extractor_of(run, kind, workers)
+    if extractor is None:
+        raise ConfigError(f"RUN {run.url} has no labelled images to train a classifier on: take --fid inception.")
+    keep = run.config().evaluation.neighbour_images
+    if unfinished({name: job}):
+        looking = Looking(extractor, keep)
+        draw({name: job}, workers, progress, looking)
+        seen = looking.folds[name].seen()
+    else:
+        (seen,) = quality.look([quality.sample_tasks(extractor, job, "png", keep)], workers)
+    found = {"extractor": judging.extractor_facts(extractor), **quality.compare(run, extractor, job, seen, workers)}
+    storage.write_text(storage.join(job.url, "quality.json"), json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def _complete(job: SampleJob, shards: list[Shard]) -> None:
@@ -189,7 +247,7 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
     storage.write_text(storage.join(job.url, "manifest.json"), json.dumps(manifest, indent=1) + "\n")
     across = job.images_per_draw if job.images_per_draw > 1 else 10
     out = io.BytesIO()
-    grid(read_samples(job.url).images[: 10 * across] / 255, across).save(out, "png")
+    grid(read_samples(job.url, 10 * across).images / 255, across).save(out, "png")
     storage.write_bytes(storage.join(job.url, "grid.png"), out.getvalue())
     storage.finish(job.url)
 
@@ -197,50 +255,28 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
 # --- numbers and pictures ----------------------------------------------------------------------------
 
 
-def _check_data(run: Run, manifest: Manifest) -> None:
-    """Raises ConfigError if a run's data is no longer what it was made from."""
-    record = run.record()
-    if manifest.digest != record["data_digest"]:
-        url = record["data_url"]
-        raise ConfigError(f"RUN {run.url} was made from other data than {url} now holds: bring the old data back.")
-
-
-def _splits(run: Run) -> dict[str, Images]:
-    """The run's data, decoded. Raises ConfigError if it is no longer what the run was made from."""
-    record = run.record()
-    url = record["data_url"]
-    manifest = read_manifest(url)
-    _check_data(run, manifest)
-    allowed = run.config().data.max_bad_samples
-    return {split: read_split(url, manifest, split, allowed) for split in manifest.splits}
-
-
-def _routing(run: Run, splits: dict[str, Images]) -> dict[str, Any]:
-    return {split: load_routing(run.grown_tree, split) for split in splits}
-
-
 def evaluate(run: Run, workers: int) -> Settings:
     """Computes and writes evaluation.json, part of it on so many Ray actors; returns it.
 
     Its entry `samples` is empty where the run has no samples yet. Raises ConfigError if there is no finished tree.
     """
-    topology, prior = load_topology(run.grown_tree), run.at("samples", "prior")
-    splits, seed = _splits(run), run.config().seed
-    record = run.record()
+    topology = load_topology(run.grown_tree)
+    jobs = standard_jobs(run) if storage.finished(run.at("diffusion")) else {}
+    if unfinished(jobs):
+        jobs = {}
+    config, record, splits = run.config(), run.record(), run.manifest().splits
+    gather = {split: open_split(config, record["data_url"], split).gather for split in splits}
     bounds = likelihood(run, workers)
     with scoring.one_thread():
-        clusters = scoring.clustering(topology, _routing(run, splits), splits, seed)
-        quality = {}
-        if storage.finished(prior):
-            quality = scoring.sample_quality(splits, read_samples(prior), len(topology.leaves), seed)
+        clusters = scoring.clustering(topology, load_decisions(run.grown_tree), gather, config.seed)
     result = {
         "run": run.name,
         "data": {"url": record["data_url"], "digest": record["data_digest"]},
-        "settings": run.config().evaluation.model_dump(mode="json"),
+        "settings": config.evaluation.model_dump(mode="json"),
         "leaves": len(topology.leaves),
         "clustering": clusters,
         "likelihood": bounds,
-        "samples": quality,
+        "samples": quality.measure(run, jobs, workers) if jobs else {},
         "seconds": seconds(run),
     }
     storage.write_text(run.at("evaluation.json"), json.dumps(result, indent=1) + "\n")
@@ -260,6 +296,13 @@ def likelihood(run: Run, workers: int) -> Settings:
     arrays = joined(blocks, [found[k] for k in range(len(blocks))])
     storage.write_bytes(run.at("likelihood.safetensors"), save_arrays(arrays))
     return likelihood_summary(job, arrays, math.prod(manifest.shape), config.tree.likelihood == "gaussian")
+
+
+def settle(run: Run, given: Settings) -> None:
+    """Changes settings of a run's section `evaluation`, which its results do not depend on. Raises ConfigError."""
+    config = run.config().model_dump(mode="json")
+    config["evaluation"] |= given
+    run.settle(configs.validated(config))
 
 
 def evaluation(run: Run) -> Settings | None:
@@ -288,21 +331,21 @@ def figures(run: Run) -> None:
     Raises ConfigError if there is no finished tree.
     """
     topology, left = load_topology(run.grown_tree), load_routing(run.grown_tree, "train")
-    train = _splits(run)["train"]
+    shown = _pictured(run, topology, left)
     metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
     drawn: dict[str, Figure] = {
-        "tree.png": drawing.tree(topology, left, train),
+        "tree.png": drawing.tree(topology, left, shown),
         "losses-tree.png": drawing.growing_losses(metrics),
     }
     if storage.finished(run.at("diffusion")):
         drawn["losses-diffusion.png"] = drawing.diffusion_losses(read_metrics(run.at("diffusion", "metrics")))
         jobs = standard_jobs(run)
         if not unfinished(jobs):
-            samples = {name: read_samples(job.url) for name, job in jobs.items()}
-            of_leaves = [samples[name] for name in jobs if name.startswith("leaf-")]
+            samples = _shown_samples(jobs)
+            of_leaves = [samples[name] for name in samples if name.startswith("leaf-")]
             drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves)
             drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
-            drawn["samples.png"] = drawing.side_by_side(train, samples["prior"])
+            drawn["samples.png"] = drawing.side_by_side(shown.images, samples["prior"])
     for name, figure in drawn.items():
         storage.write_bytes(run.at("figures", name), save(figure))
 
@@ -325,24 +368,25 @@ def report(run: Run) -> str:
 
 def contents(run: Run) -> Contents:
     """What the run's report shows. Raises ConfigError if there is no finished tree."""
-    record, numbers, topology = run.record(), evaluation(run), load_topology(run.grown_tree)
-    train = _splits(run)["train"]
-    manifest = read_manifest(record["data_url"])
+    numbers, topology = evaluation(run), load_topology(run.grown_tree)
+    manifest = run.manifest()
+    decisions = load_decisions(run.grown_tree)["train"]
+    shown = _pictured(run, topology, decisions.left)
     class_names = manifest.classes or ()
     samples = _drawn(run)
     of_leaves = [one for name, one in samples.items() if name.startswith("leaf-")]
-    classes = max(len(class_names), 0 if train.labels is None else int(train.labels.max()) + 1)
+    classes = max(len(class_names), 0 if decisions.labels is None else int(decisions.labels.max()) + 1)
     tree_metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
     diffused = storage.finished(run.at("diffusion"))
     return Contents(
         name=run.name,
         topology=topology,
-        images=len(train),
+        images=len(decisions.left),
         facts=_facts(run, manifest, topology),
         nodes=showing.nodes(
             topology,
-            load_routing(run.grown_tree, "train"),
-            train,
+            decisions,
+            shown,
             classes,
             of_leaves if len(of_leaves) == len(topology.leaves) else None,
             _predicted(numbers, len(topology.leaves)),
@@ -352,7 +396,7 @@ def contents(run: Run) -> Contents:
         origin=_origin(run),
         class_names=class_names,
         draws=showing.root_draws(samples["root-draws"]) if "root-draws" in samples else (),
-        samples=showing.side_by_side(train, samples["prior"]) if "prior" in samples else (),
+        samples=showing.side_by_side(shown.images, samples["prior"]) if "prior" in samples else (),
         elbo_of="held-out" if "test" in manifest.splits else "training",
         tables=[_seconds_table(seconds(run))] if numbers is None else table(numbers),
         charts=showing.charts(tree_metrics, read_metrics(run.at("diffusion", "metrics")) if diffused else []),
@@ -366,7 +410,20 @@ def _drawn(run: Run) -> dict[str, Samples]:
         return {}
     jobs = standard_jobs(run)
     missing = unfinished(jobs)
-    return {name: read_samples(job.url) for name, job in jobs.items() if name not in missing}
+    return _shown_samples({name: job for name, job in jobs.items() if name not in missing})
+
+
+def _shown_samples(jobs: dict[str, SampleJob]) -> dict[str, Samples]:
+    """Of drawn jobs those that pictures are made of, the prior's first images only."""
+    wanted = {name: job for name, job in jobs.items() if name in ("prior", "root-draws") or name.startswith("leaf-")}
+    return {
+        name: read_samples(job.url, drawing.SIDE_BY_SIDE if name == "prior" else None) for name, job in wanted.items()
+    }
+
+
+def _pictured(run: Run, topology: Topology, left: NDArray[np.float32]) -> Pictured:
+    run.manifest()  # the data is still what the run was made from
+    return pictured(topology, left, open_split(run.config(), run.record()["data_url"], "train").gather)
 
 
 def _facts(run: Run, manifest: Manifest, topology: Topology) -> list[tuple[str, str]]:
@@ -416,7 +473,7 @@ def _missing(diffused: bool, drawn: bool, evaluated: bool) -> list[str]:
 
 def _predicted(numbers: Settings | None, leaves: int) -> NDArray[np.int64] | None:
     """The classes [L, C] that a classifier sees in the samples of every leaf, if evaluation.json has them."""
-    found = ((numbers or {}).get("samples", {}).get("treediffusion") or {}).get("classifier_histograms")
+    found = ((numbers or {}).get("samples", {}).get("treediffusion", {})).get("classifier_histograms")
     return np.array(found, np.int64) if found and len(found) == leaves else None
 
 
@@ -462,26 +519,60 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     tables: list[tuple[str, list[tuple[str, ...]]]] = [(f"{numbers['leaves']} leaves", [header, *rows])]
     if bounds := numbers.get("likelihood"):
         tables.append(_likelihood_table(bounds))
-    quality = numbers["samples"]
-    if quality:
-        title = (
-            f"{quality['samples']} samples, in the features of a classifier trained on the data "
-            f"(reference: {quality['reference']})"
-        )
-        columns = ("classifier_frechet", "classifier_confidence", "classifier_entropy")
-        models = {
-            "treediffusion": "TreeDiffusion",
-            "treevae": "TreeVAE",
-            "real_test": f"{quality.get('real_test', {}).get('images')} real held-out images, for scale",
-        }
-        found = [
-            (model, *(f"{quality[name][key]:.3f}" if key in quality[name] else "" for key in columns))
-            for name, model in models.items()
-            if name in quality
-        ]
-        tables.append((title, [("samples", "Fréchet distance", "confidence", "class entropy per leaf"), *found]))
+    tables += _sample_tables(numbers["samples"])
     tables.append(_seconds_table(numbers["seconds"]))
     return tables
+
+
+DISTANCES = {"classifier": "classifier_frechet", "inception": "fid"}
+"""What the Fréchet distance in each network's features is called in evaluation.json."""
+
+
+def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """How good samples are, a table for every network that judged them."""
+    if not found:
+        return []
+    real = found.get("real", {})
+    models = {
+        "treediffusion": "TreeDiffusion",
+        "treevae": "TreeVAE",
+        "real": f"{real.get('images'):,} real {'held-out' if real.get('split') == 'test' else 'training'} images, for scale",
+    } if real else {"treediffusion": "TreeDiffusion", "treevae": "TreeVAE"}
+    reference = found["reference"]
+    tables = []
+    for kind, name in DISTANCES.items():
+        if kind not in found:
+            continue
+        columns = [(f"{name}_gen", "drawn"), (f"{kind}_precision_gen", "precision"), (f"{kind}_recall_gen", "recall")]
+        columns += [(f"{name}_rec", "reconstructed")]
+        if kind == "classifier":
+            accuracy = found[kind]["test_accuracy"]
+            right = "" if accuracy is None else f", right about {accuracy:.1%} of the held-out images"
+            judge = f"a classifier trained on the data ({found[kind]['network']}{right}); this is not FID"
+            columns += [("classifier_confidence", "confidence"), ("classifier_entropy", "class entropy per leaf")]
+        else:
+            judge = f"InceptionV3 (weights {found[kind]['digest'][:8]})"
+        title = (
+            f"{'FID' if kind == 'inception' else 'Fréchet distance'} of {found['draws']:,} draws to "
+            f"{reference['images']:,} {reference['split']} images"
+            + (f", of {found['reconstructions']:,} reconstructions to the test images" if found["reconstructions"] else "")
+            + f", in the features of {judge}"
+        )
+        rows = [
+            (shown, *(_with_error(found[model], key) for key, _ in columns))
+            for model, shown in models.items()
+            if model in found
+        ]
+        tables.append((title, [("samples", *(title for _, title in columns)), *rows]))
+    return tables
+
+
+def _with_error(numbers: Settings, key: str) -> str:
+    """A number and its standard error, if there are any."""
+    if numbers.get(key) is None:
+        return ""
+    error = numbers.get(f"{key}_error")
+    return f"{numbers[key]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _seconds_table(taken: dict[str, float]) -> tuple[str, list[tuple[str, ...]]]:

@@ -81,6 +81,11 @@ class Run:
         except ConfigError as error:
             raise ConfigError(f"RUN {self.url} was made by another version of tdiff: {error}") from error
 
+    def settle(self, config: Config) -> None:
+        """Takes over a config that differs in nothing that results depend on."""
+        self.update(config=config.model_dump(mode="json"))
+        storage.write_text(self.at("config.yaml"), config.to_yaml())
+
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json."""
         storage.write_text(self.at("run.json"), json.dumps({**self.record(), **entries}, indent=2) + "\n")

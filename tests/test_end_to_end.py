@@ -83,7 +83,13 @@ def test_what_a_run_leaves(straight: Path) -> None:
     of_images = load_file(folder / "likelihood.safetensors")
     assert of_images["elbo"].shape == (297,)
     assert of_images["leaf_elbo"].shape == (297, numbers["leaves"])
-    assert numbers["samples"]["treediffusion"]["classifier_frechet"] > 0
+    judged = numbers["samples"]
+    assert judged["classifier"]["test_accuracy"] > 0.5
+    for model in ("treediffusion", "treevae"):
+        assert judged[model]["classifier_frechet_gen"] > 0
+        assert judged[model]["classifier_frechet_rec"] > 0
+        assert 0 <= judged[model]["classifier_recall_gen"] <= 1
+        assert np.shape(judged[model]["classifier_histograms"]) == (numbers["leaves"], 10)
     for name in ("tree", "leaves", "root-draw", "samples", "losses-tree", "losses-diffusion"):
         with Image.open(folder / "figures" / f"{name}.png") as picture:
             assert min(picture.size) > 300, f"{name}.png is too small to look at"

@@ -27,7 +27,6 @@ from safetensors.numpy import save_file
 
 from tdiff import results, storage
 from tdiff.config import Config
-from tdiff.data.decode import Images
 from tdiff.figures import diagram, markup
 from tdiff.figures.contents import Chart, Contents
 from tdiff.figures.page import page
@@ -36,6 +35,8 @@ from tdiff.runs import Run
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.topology import Topology
 from tdiff.work import showing
+from tdiff.work.drawing import Pictured
+from tdiff.work.growing import Decisions
 from tdiff.work.sampling import Samples
 
 HOSTILE = (
@@ -92,14 +93,14 @@ def contents(
     """What a run of this tree shows, of noise."""
     leaves = len(topology.leaves)
     of = np.arange(images) % leaves
-    train = Images(noise(images, channels, size), np.arange(images) % len(names) if labelled else None)
+    train, labels = noise(images, channels, size), np.arange(images) % len(names) if labelled else None
     samples = [drawn(noise(30, channels, size), np.full(30, k), np.arange(30)) for k in range(leaves)]
     through = drawn(noise(4 * leaves, channels, size), np.tile(np.arange(leaves), 4), np.repeat(np.arange(4), leaves))
     lines = [{"images": 10.0 * k, "loss": 1 / k} for k in range(1, 400)]
     nodes = showing.nodes(
         topology,
-        routed(topology, of),
-        train,
+        Decisions(routed(topology, of), labels),
+        Pictured.of(train),
         len(names),
         samples if generated else None,
         np.full((leaves, len(names)), 3) if generated and labelled else None,
@@ -312,7 +313,7 @@ def test_a_node_holds_what_its_leaves_hold() -> None:
     left = routed(tree, leaves)
     labels = np.array([0, 0, 1, 1, 2, 2])
     elbo = np.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
-    found = showing.nodes(tree, left, Images(images, labels), 3, elbo=(elbo, leaves))
+    found = showing.nodes(tree, Decisions(left, labels), Pictured.of(images), 3, elbo=(elbo, leaves))
     reach = leaf_reach(tree, left)
     inner = next(node for node in tree.inner if node)
     below = [tree.leaves.index(leaf) for leaf in tree.leaves_below(inner)]
@@ -335,9 +336,9 @@ def test_a_node_holds_what_its_leaves_hold() -> None:
 
 def test_an_inner_node_draws_with_all_its_leaves() -> None:
     tree = balanced(4)
-    train = Images(noise(40, 1, 8), None)
+    decisions = Decisions(routed(tree, np.arange(40) % 4), None)
     samples = [drawn(np.full((30, 1, 8, 8), k, np.uint8), np.full(30, k), np.arange(30)) for k in range(4)]
-    found = showing.nodes(tree, routed(tree, np.arange(40) % 4), train, of_leaves=samples)
+    found = showing.nodes(tree, decisions, Pictured.of(noise(40, 1, 8)), of_leaves=samples)
     root = found[0].treediffusion
     assert root is not None
     assert Counter(root[:, 0, 0, 0].tolist()) == dict.fromkeys(range(4), 6)
@@ -351,7 +352,7 @@ def test_an_inner_node_draws_with_all_its_leaves() -> None:
 
 def test_an_empty_leaf_and_a_single_image() -> None:
     tree = balanced(2)
-    found = showing.nodes(tree, np.zeros((1, 1), np.float32), Images(noise(1, 3, 8), None))
+    found = showing.nodes(tree, Decisions(np.zeros((1, 1), np.float32), None), Pictured.of(noise(1, 3, 8)))
     assert found[1].count == 0
     assert len(found[1].typical) == len(found[1].spread) == 0
     assert found[2].count == 1
@@ -386,7 +387,8 @@ def tree_alone(folder: Path, labelled: bool = False) -> Run:
         lines = "\n".join(json.dumps({"step": k, "images": 10 * k, "loss": 1 / k}) for k in range(1, 9))
         storage.write_text(storage.join(url, "metrics", "000000008.jsonl"), lines + "\n")
         left = np.linspace(0, 1, 32, dtype=np.float32)[:, None]
-        save_file({"train": left}, storage.join(url, "routing.safetensors"))
+        routing = {"train": left} | ({"train.labels": np.arange(32) % 3} if labelled else {})
+        save_file(routing, storage.join(url, "routing.safetensors"))
         storage.finish(url)
     return run
 

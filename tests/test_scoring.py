@@ -16,6 +16,8 @@ from tdiff.figures.plots import save
 from tdiff.results import table
 from tdiff.tree.topology import Topology
 from tdiff.work import drawing, scoring
+from tdiff.work.drawing import Pictured, pictured
+from tdiff.work.growing import Decisions
 from tdiff.work.sampling import Samples
 
 THREE = Topology.root_with_two_leaves("00-root").split(1, "01-split-1")  # leaves 3, 4, 2
@@ -57,12 +59,21 @@ def unlabelled(splits: dict[str, Images]) -> dict[str, Images]:
     return {split: Images(images.images, None) for split, images in splits.items()}
 
 
+def clustered(
+    splits: dict[str, Images], leaves: dict[str, np.ndarray] | None = None, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Scores of images that went to these leaves, or to those that are their labels."""
+    sent = leaves or {split: images.labels for split, images in splits.items()}
+    decisions = {split: Decisions(routed(sent[split]), images.labels) for split, images in splits.items()}
+    gather = {split: images.images.__getitem__ for split, images in splits.items()}
+    return scoring.clustering(THREE, decisions, gather, seed)
+
+
 # --- clustering --------------------------------------------------------------------------------------
 
 
 def test_a_tree_that_finds_the_classes_scores_full_marks(splits: dict[str, Images]):
-    routing = {split: routed(images.labels) for split, images in splits.items()}
-    found = scoring.clustering(THREE, routing, splits, seed=0)
+    found = clustered(splits)
     assert set(found) == {"tree_train", "tree_test", "kmeans_test", "ward_test"}
     for name in ("tree_train", "tree_test"):
         assert set(found[name]) == TREE
@@ -79,93 +90,32 @@ def test_ward_is_fitted_to_no_more_than_memory_allows(
     splits: dict[str, Images], most: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(scoring, "WARD_IMAGES", most)
-    routing = {split: routed(images.labels) for split, images in splits.items()}
-    found = scoring.clustering(THREE, routing, splits, seed=0)["ward_test"]
+    found = clustered(splits)["ward_test"]
     assert found["fitted_to"] == most
     assert found["acc"] > 0.7
 
 
 def test_a_tree_that_guesses_scores_little(splits: dict[str, Images]):
     rng = np.random.default_rng(0)
-    routing = {split: routed(rng.integers(0, 3, len(images))) for split, images in splits.items()}
-    found = scoring.clustering(THREE, routing, splits, seed=0)
+    found = clustered(splits, {split: rng.integers(0, 3, len(images)) for split, images in splits.items()})
     assert found["tree_train"]["nmi"] < 0.1
     assert found["tree_train"]["acc"] < 0.5
 
 
 def test_clustering_is_the_same_again(splits: dict[str, Images]):
-    routing = {split: routed(images.labels) for split, images in splits.items()}
-    again = [scoring.clustering(THREE, routing, splits, seed=3) for _ in range(2)]
+    again = [clustered(splits, seed=3) for _ in range(2)]
     assert again[0] == again[1]
 
 
 def test_only_labelled_splits_are_scored(splits: dict[str, Images]):
-    routing = {split: routed(images.labels) for split, images in splits.items()}
-    assert scoring.clustering(THREE, routing, unlabelled(splits), 0) == {}
+    leaves = {split: images.labels for split, images in splits.items()}
+    assert clustered(unlabelled(splits), leaves) == {}
     some = {"train": splits["train"], "test": unlabelled(splits)["test"]}
-    assert set(scoring.clustering(THREE, routing, some, 0)) == {"tree_train"}
-    assert set(scoring.clustering(THREE, routing, {"train": splits["train"]}, 0)) == {"tree_train"}
+    assert set(clustered(some, leaves)) == {"tree_train"}
+    assert set(clustered({"train": splits["train"]})) == {"tree_train"}
 
 
-# --- samples -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def quality(splits: dict[str, Images]) -> dict[str, dict[str, float]]:
-    """Of perfect samples, real images in leaves that are their classes, and of a TreeVAE that makes noise."""
-    train = splits["train"]
-    noise = np.random.default_rng(0).integers(0, 256, train.images.shape, dtype=np.uint8)
-    return scoring.sample_quality(splits, sampled(train.images, noise, train.labels), 3, seed=0)
-
-
-def test_sample_quality_has_these_numbers(quality: dict[str, dict[str, float]], splits: dict[str, Images]):
-    keys = {"classifier_frechet", "classifier_confidence", "classifier_entropy"}
-    assert set(quality) == {
-        "samples",
-        "reference",
-        "classifier_test_accuracy",
-        "real_test",
-        "treevae",
-        "treediffusion",
-    }
-    assert set(quality["treevae"]) == set(quality["treediffusion"]) == keys | {"classifier_histograms"}
-    assert quality["samples"] == len(splits["train"])
-    assert str(len(splits["train"])) in str(quality["reference"])
-    numbers = [
-        value
-        for model in ("treevae", "treediffusion", "real_test")
-        for key, value in quality[model].items()
-        if key not in ("images", "classifier_histograms")
-    ]
-    assert all(isinstance(value, float) and np.isfinite(value) for value in numbers)
-
-
-def test_sample_quality_tells_images_from_noise(quality: dict[str, dict[str, float]]):
-    real, noise, test = quality["treediffusion"], quality["treevae"], quality["real_test"]
-    assert quality["classifier_test_accuracy"] > 0.9
-    assert real["classifier_frechet"] == pytest.approx(0, abs=1e-3)  # the reference itself
-    assert 0 < test["classifier_frechet"] < 0.5 * noise["classifier_frechet"]
-    assert real["classifier_confidence"] > 0.9
-    assert real["classifier_entropy"] < 0.2  # every leaf holds one class
-    histograms = np.array(real["classifier_histograms"])
-    assert histograms.sum() == 240
-    assert np.trace(histograms) > 0.9 * 240
-
-
-def test_mixed_leaves_are_less_specific(quality: dict[str, dict[str, float]], splits: dict[str, Images]):
-    train = splits["train"]
-    mixed = sampled(train.images, train.images, np.arange(len(train)) % 3)
-    found = scoring.sample_quality(splits, mixed, 3, seed=0)["treediffusion"]
-    assert found["classifier_entropy"] > 0.8 * np.log(3)
-    assert found["classifier_frechet"] == pytest.approx(0, abs=1e-3)  # the images are as good
-
-
-def test_without_training_labels_there_are_no_numbers(splits: dict[str, Images]):
-    train = splits["train"]
-    samples = sampled(train.images, train.images, train.labels)
-    assert scoring.sample_quality(unlabelled(splits), samples, 3, 0) == {}
-    some = {"train": unlabelled(splits)["train"], "test": splits["test"]}
-    assert scoring.sample_quality(some, samples, 3, 0) == {}
+# --- tables -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labels", ["both", "none", "train only", "no test split"])
@@ -176,20 +126,16 @@ def test_the_table_shows_what_there_is(splits: dict[str, Images], labels: str):
         "train only": {**splits, "test": unlabelled(splits)["test"]},
         "no test split": {"train": splits["train"]},
     }[labels]
-    train = splits["train"]
-    routing = {split: routed(images.labels) for split, images in splits.items()}
     numbers = {
         "leaves": 3,
-        "clustering": scoring.clustering(THREE, routing, chosen, 0),
+        "clustering": clustered(chosen, {split: images.labels for split, images in splits.items()}),
         "likelihood": {
             "split": "test",
             **{f"elbo{end}": value for end, value in (("", -25.5), ("_images", 60), ("_standard_error", 0.5))},
             "log_likelihood": None,
             "log_likelihood_samples": 10,
         },
-        "samples": scoring.sample_quality(chosen, sampled(train.images, train.images, train.labels), 3, 0)
-        if labels == "none"
-        else {},
+        "samples": {},
         "seconds": {"00-root": 1.0, "diffusion": 2.5},
     }
     tables = table(numbers)
@@ -204,13 +150,35 @@ def test_the_table_shows_what_there_is(splits: dict[str, Images], labels: str):
     assert tables[-1][1][-1] == ("all", "3.5")
 
 
-def test_the_table_of_samples(quality: dict[str, dict[str, float]]):
-    numbers = {"leaves": 3, "clustering": {}, "samples": quality, "seconds": {}}
-    title, rows = table(numbers)[1]
-    assert "classifier" in title
-    assert "FID" not in title  # it is none
-    assert [row[0] for row in rows] == ["samples", "TreeDiffusion", "TreeVAE", "60 real held-out images, for scale"]
-    assert rows[3][2:] == ("", "")
+JUDGED = {
+    "reference": {"split": "train", "images": 1500},
+    "draws": 1200,
+    "reconstructions": 297,
+    "classifier": {"network": "small", "test_accuracy": 0.951, "digest": "ab" * 32},
+    "inception": {"digest": "cd" * 32},
+    "treevae": {"classifier_frechet_gen": 44.25, "fid_gen": 40.0, "classifier_entropy": 0.5},
+    "treediffusion": {"classifier_frechet_gen": 6.5, "classifier_frechet_gen_error": 0.25, "fid_gen": 5.0},
+    "real": {"split": "test", "images": 297, "classifier_frechet_gen": 1.5, "fid_gen": 0.5},
+}
+
+
+def test_the_tables_of_samples():
+    numbers = {"leaves": 3, "clustering": {}, "samples": JUDGED, "seconds": {}}
+    (_, _), (title, rows), (fid_title, fid_rows), _ = table(numbers)
+    for fact in ("1,200", "1,500 train", "297 reconstructions", "classifier", "small", "95.1%", "not FID"):
+        assert fact in title
+    assert rows[1][:2] == ("TreeDiffusion", "6.500 ± 0.250")
+    assert rows[2][:2] == ("TreeVAE", "44.250")
+    assert rows[3][:2] == ("297 real held-out images, for scale", "1.500")
+    assert fid_title.startswith("FID of 1,200 draws")
+    assert "cdcdcdcd" in fid_title
+    assert [row[1] for row in fid_rows[1:]] == ["5.000", "40.000", "0.500"]
+    for _, shown in table(numbers):
+        assert len({len(row) for row in shown}) == 1
+
+
+def test_without_judges_there_is_no_table_of_samples():
+    assert len(table({"leaves": 3, "clustering": {}, "samples": {}, "seconds": {}})) == 2
 
 
 # --- pictures ----------------------------------------------------------------------------------------
@@ -230,10 +198,10 @@ def test_every_picture_of_a_tiny_run(splits: dict[str, Images]):
     prior = sampled(images, images[::-1], train.labels)
     draws = sampled(images[:6], images[6:12], np.arange(6) % 3)
     metrics = [{"step": k, "images": 10 * k, "loss": 1 / k} for k in (1, 2, 3)]
-    picture(drawing.tree(THREE, left, train))
+    picture(drawing.tree(THREE, left, Pictured.of(images)))
     picture(drawing.leaves(THREE, left, leaf))
     picture(drawing.root_draw(THREE, draws, 1))
-    picture(drawing.side_by_side(train, prior))
+    picture(drawing.side_by_side(images, prior))
     picture(drawing.growing_losses({"00-root": metrics, "01-split-1": metrics[:1], "02-prune": []}))
     picture(drawing.diffusion_losses(metrics))
 
@@ -243,19 +211,39 @@ def test_pictures_of_the_smallest_tree_with_an_empty_leaf():
     train = three_digits(3, "train")
     left = np.zeros((3, 1), np.float32)  # nobody goes left
     one = sampled(train.images[:1], train.images[:1], np.zeros(1, int))
-    picture(drawing.tree(two, left, Images(train.images, None)))
+    picture(drawing.tree(two, left, Pictured.of(train.images)))
     picture(drawing.leaves(two, left, [one, one]))
     pruned = two.prune(1)
-    picture(drawing.tree(pruned, np.zeros((3, 0), np.float32), train))
+    picture(drawing.tree(pruned, np.zeros((3, 0), np.float32), Pictured.of(train.images)))
     picture(drawing.leaves(pruned, np.zeros((3, 0), np.float32), [one]))
 
 
 def test_pictures_of_colour():
     images = np.random.default_rng(0).integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
     leaves = np.arange(12) % 3
-    picture(drawing.tree(THREE, routed(leaves), Images(images, None)))
-    picture(drawing.side_by_side(Images(images, None), sampled(images, images, leaves)))
+    picture(drawing.tree(THREE, routed(leaves), Pictured.of(images)))
+    picture(drawing.side_by_side(images, sampled(images, images, leaves)))
 
 
 def test_leaves_are_named_by_their_place():
     assert drawing.leaf_names(THREE) == ["leaf 0", "leaf 1", "leaf 2"]
+
+
+def test_of_many_images_some_of_every_leaf_are_pictured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(drawing, "PICTURED", 30)
+    leaves = np.array([0] * 100 + [1] * 6 + [2] * 50)
+    images = np.random.default_rng(0).integers(0, 256, (156, 1, 8, 8), dtype=np.uint8)
+    shown = pictured(THREE, routed(leaves), images.__getitem__)
+    assert np.bincount(leaves[shown.ids]).tolist() == [10, 6, 10]
+    assert (np.diff(shown.ids) > 0).all()
+    assert (shown.images == images[shown.ids]).all()
+    for leaf, count in enumerate((100, 6, 50)):  # together they stand for all
+        assert shown.weights[leaves[shown.ids] == leaf].sum() == pytest.approx(count)
+    picture(drawing.tree(THREE, routed(leaves), shown))
+
+
+def test_few_images_are_all_pictured():
+    images = np.zeros((12, 1, 8, 8), np.uint8)
+    shown = pictured(THREE, routed(np.arange(12) % 3), images.__getitem__)
+    assert shown.ids.tolist() == list(range(12))
+    assert (shown.weights == 1).all()

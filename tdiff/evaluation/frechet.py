@@ -9,6 +9,7 @@ Legend: B batch, F features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,14 @@ class Moments:
             raise ValueError(f"cannot add moments of {len(self.sum)} and of {len(other.sum)} features")
         return Moments(self.n + other.n, self.sum + other.sum, self.outer + other.outer)
 
+    def arrays(self) -> dict[str, Float64s]:
+        """What a file keeps of them, the inverse of `from_arrays`."""
+        return {"n": np.array([self.n], np.float64), "sum": self.sum, "outer": self.outer}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Float64s]) -> Moments:
+        return Moments(int(arrays["n"][0]), arrays["sum"], arrays["outer"])
+
     @property
     def mean(self) -> Float64s:
         """[F]."""
@@ -88,3 +97,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
     gap = a.mean - b.mean
     return max(0.0, float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+def frechet_error(features: NDArray[np.floating], reference: Moments, resamples: int, seed: int) -> float:
+    """Standard error of the distance of images with these features [M, F] to a reference, by the bootstrap.
+
+    It covers the chance of which images were drawn, not that of the reference nor of the training. Every resample
+    costs two eigendecompositions of [F, F].
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.asarray(features)
+    found = [frechet_distance(Moments.of(rows[rng.integers(0, len(rows), len(rows))]), reference) for _ in range(resamples)]
+    return float(np.std(found, ddof=1))

@@ -487,15 +487,17 @@ class TreeVAE(nn.Module):
         rng: torch.Generator | None = None,
         leaf: Tensor | None = None,
         within: int = 0,
+        likeliest: bool = False,
     ) -> Path:
-        """Latents along one path per sample: to `leaf` [B] (indices), or to leaves drawn by the visits' reach, among
-        those below the node `within`.
+        """Latents along one path per sample: to `leaf` [B] (indices), or to leaves drawn by the visits' reach (with
+        `likeliest` to those of largest reach), among those below the node `within`.
         """
         tree = self.topology
         reach = torch.stack([visits[i].reach for i in tree.leaves], 1)  # [B, L]
         if leaf is None:
             open_to = torch.tensor([within in tree.path(i) for i in tree.leaves], device=reach.device)
-            leaf = torch.multinomial(reach.clamp_min(1e-12) * open_to, 1, generator=rng).squeeze(1)
+            weights = reach.clamp_min(1e-12) * open_to
+            leaf = weights.argmax(1) if likeliest else torch.multinomial(weights, 1, generator=rng).squeeze(1)
         position = {node: k for k, node in enumerate(tree.top_down)}
         table = torch.full((len(tree.leaves), tree.depth + 1), -1, device=reach.device)
         for row, node in enumerate(tree.leaves):

@@ -1,18 +1,20 @@
 """A run's pictures: the learned tree, generated images leaf by leaf, one root draw through every leaf, the losses.
 
-Legend: M images, L leaves, I image channels, H image size.
+Legend: M images, P of them that are pictured, L leaves, I image channels, H image size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tdiff.data.decode import Images
 from tdiff.figures import plots
+from tdiff.seeds import permutation
 from tdiff.tree.growth import leaf_reach, members, node_reach
 from tdiff.tree.topology import Topology
 from tdiff.work.sampling import Samples
@@ -20,30 +22,74 @@ from tdiff.work.sampling import Samples
 FIGURES = ("tree.png", "leaves.png", "root-draw.png", "samples.png", "losses-tree.png", "losses-diffusion.png")
 """The pictures in the order in which they are looked at."""
 
+SIDE_BY_SIDE = 60
+"""Images of a kind that stand beside those of another."""
+
+Ids = NDArray[np.int64]
 Metrics = dict[str, list[dict[str, Any]]]
 Series = dict[str, list[tuple[float, float]]]
+
+
+PICTURED = 20_000
+"""Training images that pictures are made of at most: 16 MB of 28x28."""
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """The training images that pictures are made of: all, or of many some of every leaf.
+
+    ids: [P], ascending; images: uint8 [P, I, H, H]; weights: [P], how many images of its leaf each stands for.
+    """
+
+    ids: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    weights: NDArray[np.float64]
+
+    @staticmethod
+    def of(images: NDArray[np.uint8]) -> Pictured:
+        """All of some images."""
+        return Pictured(np.arange(len(images)), images, np.ones(len(images)))
+
+
+def pictured(topology: Topology, left: NDArray[np.float32], gather: Callable[[Ids], NDArray[np.uint8]]) -> Pictured:
+    """What to make pictures of, by the routing of all training images; gather: ids -> uint8 [P, I, H, H]."""
+    leaf = leaf_reach(topology, left).argmax(1)
+    chosen, weights = [], []
+    for k in range(len(topology.leaves)):
+        members = np.flatnonzero(leaf == k)
+        few = np.sort(members[permutation(len(members), "pictured", k)[: max(1, PICTURED // len(topology.leaves))]])
+        if len(leaf) <= PICTURED:
+            few = members
+        chosen.append(few)
+        weights.append(np.full(len(few), len(members) / max(len(few), 1)))
+    ids = np.concatenate(chosen)
+    order = np.argsort(ids)
+    return Pictured(ids[order], gather(ids[order]), np.concatenate(weights)[order])
 
 
 def leaf_names(topology: Topology) -> list[str]:
     return [f"leaf {k}" for k in range(len(topology.leaves))]
 
 
-def tree(topology: Topology, left: NDArray[np.float32], train: Images) -> Figure:
+def tree(topology: Topology, left: NDArray[np.float32], shown: Pictured) -> Figure:
     """The learned tree with, at every node, the average of its images (weighted by reach) and real examples.
 
-    Examples are those most certain to come there, evenly spaced over a leaf's members so that its breadth shows.
+    left: routing of all training images. Examples are those most certain to come there, evenly spaced over a leaf's
+    members so that its breadth shows.
     """
     reach = node_reach(topology, left)
-    images = train.images.astype(np.float64) / 255
+    images = shown.images.astype(np.float64) / 255
     averages, examples = {}, {}
-    for node, p in reach.items():
-        averages[node] = np.tensordot(p, images, 1) / max(p.sum(), 1e-12)
+    for node, every in reach.items():
+        p = every[shown.ids]
+        weights = p * shown.weights
+        averages[node] = np.tensordot(weights, images, 1) / max(weights.sum(), 1e-12)
         ids = members(np.stack([p, 1 - p], 1), 0)
         if not len(ids):
             ids = np.argsort(-p)[:1]
         examples[node] = images[ids[np.linspace(0, len(ids) - 1, min(12, len(ids))).astype(int)]]
     shares = {node: float(p.mean()) for node, p in reach.items()}
-    title = f"{len(topology.leaves)} clusters found in {len(train):,} unlabelled images"
+    title = f"{len(topology.leaves)} clusters found in {len(left):,} unlabelled images"
     return plots.tree_picture(topology, averages, examples, shares, title)
 
 
@@ -62,12 +108,12 @@ def root_draw(topology: Topology, samples: Samples, draw: int) -> Figure:
     return plots.root_draw(blocks, leaf_names(topology), probabilities, "One root draw through every leaf")
 
 
-def side_by_side(train: Images, samples: Samples, count: int = 60) -> Figure:
+def side_by_side(real: NDArray[np.uint8], samples: Samples) -> Figure:
     """Real images, the TreeVAE's samples and TreeDiffusion's for the same latents."""
     blocks = [
-        ("real", train.images[:count] / 255),
-        ("TreeVAE", samples.treevae[:count] / 255),
-        ("TreeDiffusion", samples.images[:count] / 255),
+        ("real", real[:SIDE_BY_SIDE] / 255),
+        ("TreeVAE", samples.treevae[:SIDE_BY_SIDE] / 255),
+        ("TreeDiffusion", samples.images[:SIDE_BY_SIDE] / 255),
     ]
     return plots.sample_rows(blocks, columns=10)
 

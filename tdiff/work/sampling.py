@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,8 @@ MODES: tuple[Mode, ...] = ("sample", "sample-all-leaves", "reconstruct", "recons
 class SampleJob:
     """What to draw: everything that the shards' contents depend on, and where they go.
 
-    model: treevae draws with the tree alone: its own images, and what says how to denoise has no effect.
+    model: treevae draws with the tree alone: its own images, of the most probable leaf where none is forced, and what
+    says how to denoise has no effect.
     num: root draws (or test images to reconstruct); with all leaves, each gives L images.
     leaf: index of the leaf to force, or None to draw it from the tree. node: id of the node below which leaves are
     drawn; where test images are reconstructed, their own path ends there, and the prior goes on. leaves: how many there
@@ -191,7 +192,7 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
         each = [tree.topology.leaves.index(leaf) for leaf in tree.topology.leaves_below(node)]
     for place, leaf in enumerate(each):
         chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=here)
-        path = tree.path(visits, rng, chosen, within=node)
+        path = tree.path(visits, rng, chosen, within=node, likeliest=denoiser is None)
         own = leaf_reconstruction(tree, visits, path.leaf)
         plain.append(_pixels(own)[:kept])
         if denoiser is None:
@@ -261,6 +262,17 @@ def _denoised(
     return run_sampler(job.sampler, predict, x, process, grid, noise_from(rng))
 
 
+def shard_samples(url: str, shard: Shard) -> list[dict[str, Any]]:
+    """The members of every sample of a shard, undecoded. Raises DataError if the shard is damaged."""
+    content = storage.read_bytes(storage.join(url, shard.name))
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(f"{url}: {shard.name} is damaged: delete the folder and draw it again")
+    found = samples_of(content, f"{url}: {shard.name}")
+    if len(found) != shard.samples:
+        raise DataError(f"{url}: {shard.name} holds {len(found)} samples, not {shard.samples}: delete the folder")
+    return found
+
+
 @dataclass(frozen=True)
 class Samples:
     """Samples read back. images, treevae: uint8 [M, I, H, H]; entries: what their KEY.json says."""
@@ -270,19 +282,16 @@ class Samples:
     entries: list[dict[str, object]]
 
 
-def read_samples(url: str) -> Samples:
-    """All samples of a finished folder, in order of index. Raises DataError if it is damaged."""
-    manifest = storage.read_json(storage.join(url, "manifest.json"))
+def read_samples(url: str, most: int | None = None) -> Samples:
+    """The samples of a finished folder in order of index, or the first of them. Raises DataError if it is damaged."""
     found: list[tuple[dict[str, object], NDArray[np.uint8], NDArray[np.uint8]]] = []
-    for shard in manifest["shards"]:
-        content = storage.read_bytes(storage.join(url, shard["name"]))
-        if hashlib.sha256(content).hexdigest() != shard["sha256"]:
-            raise DataError(f"{url}: {shard['name']} is damaged: delete the folder and draw it again")
-        for sample in samples_of(content, f"{url}: {shard['name']}"):
+    for entry in storage.read_json(storage.join(url, "manifest.json"))["shards"]:
+        if most is not None and len(found) >= most:
+            break
+        for sample in shard_samples(url, Shard(**entry)):
             found.append((json.loads(sample["json"]), decoded(sample["png"]), decoded(sample["treevae.png"])))
-    if len(found) != manifest["samples"]:
-        raise DataError(f"{url} holds {len(found)} samples, its manifest says {manifest['samples']}: delete the folder")
     found.sort(key=lambda item: int(str(item[0]["index"])))
+    found = found[:most]
     return Samples(
         np.stack([image for _, image, _ in found]),
         np.stack([own for _, _, own in found]),

@@ -3,7 +3,7 @@
 An image belongs to its most probable leaf, and with it to every node above. Typical is what lies near the leaf's
 average image.
 
-Legend: M images, L leaves, C classes, I image channels, H image size.
+Legend: M images, P of them that are pictured, L leaves, C classes, I image channels, H image size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdiff.data.decode import Images
 from tdiff.figures.contents import Chart, Mean, NodeContents, Pixels, RootDraw
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.topology import Topology
 from tdiff.work import drawing
+from tdiff.work.drawing import Pictured
+from tdiff.work.growing import Decisions
 from tdiff.work.sampling import Samples
 
 NODE_BYTES = 6_000_000
@@ -33,14 +34,13 @@ ORDERED = 2000
 """Members of a leaf, evenly spaced, that are put in order: enough to choose from, and soon done for any data set."""
 
 ROOT_DRAWS = 8
-SIDE_BY_SIDE = 60
 BLOCK = 4096
 
 
 def nodes(
     topology: Topology,
-    left: NDArray[np.float32],
-    train: Images,
+    decisions: Decisions,
+    shown: Pictured,
     classes: int = 0,
     of_leaves: Sequence[Samples] | None = None,
     predicted: NDArray[np.int64] | None = None,
@@ -48,33 +48,35 @@ def nodes(
 ) -> dict[int, NodeContents]:
     """What every node shows, by node id.
 
-    left: routing of the training images. classes: how many there are, where images have labels. of_leaves: samples
+    decisions: on all training images. shown: those that may be pictured. classes: how many there are, where images have labels. of_leaves: samples
     of every leaf. predicted: classes [L, C] that a classifier sees in samples. elbo: of images [M], and their leaves.
     """
-    reach = leaf_reach(topology, left)
+    reach = leaf_reach(topology, decisions.left)
     leaf = reach.argmax(1)
-    sums = _sums(reach, train.images)
-    members = [np.flatnonzero(leaf == k) for k in range(len(topology.leaves))]
-    masses = np.maximum(reach.sum(0), 1e-12)
-    ordered = [_by_typicality(train.images, ids, sums[k] / masses[k]) for k, ids in enumerate(members)]
-    count = images_per_sheet(train.images.shape[1:], len(topology.nodes))
+    weights = reach[shown.ids] * shown.weights[:, None]  # [P, L]
+    sums, masses = _sums(weights, shown.images), np.maximum(weights.sum(0), 1e-12)
+    leaves = range(len(topology.leaves))
+    rows = [np.flatnonzero(leaf[shown.ids] == k) for k in leaves]  # of the images shown
+    ordered = [_by_typicality(shown.images, rows[k], sums[k] / masses[k]) for k in leaves]
+    labels = decisions.labels
+    count = images_per_sheet(shown.images.shape[1:], len(topology.nodes))
     index = {node: k for k, node in enumerate(topology.leaves)}
     found = {}
     for node in topology.top_down:
         below = [index[one] for one in topology.leaves_below(node)]
-        here = np.concatenate([members[k] for k in below])
+        here = np.isin(leaf, below)
         # Of an inner node, its images in the leaves' order: as many of each leaf as it holds.
-        breadth = ordered[below[0]] if topology.is_leaf(node) else here
+        breadth = ordered[below[0]] if topology.is_leaf(node) else np.concatenate([rows[k] for k in below])
         generated = _generated(of_leaves, below, count)
         found[node] = NodeContents(
             share=float(reach[:, below].sum() / max(len(reach), 1)),
-            count=len(here),
+            count=int(here.sum()),
             average=(sums[below].sum(0) / masses[below].sum()).round().clip(0, 255).astype(np.uint8),
-            typical=train.images[_of_each([ordered[k] for k in below], count)],
-            spread=train.images[_evenly(breadth, count)],
+            typical=shown.images[_of_each([ordered[k] for k in below], count)],
+            spread=shown.images[_evenly(breadth, count)],
             treediffusion=generated and generated[0],
             treevae=generated and generated[1],
-            classes=None if train.labels is None else np.bincount(train.labels[here], minlength=classes),
+            classes=None if labels is None else np.bincount(labels[here], minlength=classes),
             predicted=None if predicted is None else predicted[below].sum(0),
             elbo=None if elbo is None else _mean(elbo[0][np.isin(elbo[1], below)]),
         )
@@ -88,11 +90,11 @@ def images_per_sheet(shape: Sequence[int], nodes: int) -> int:
     return count if count < 8 else count // 8 * 8
 
 
-def _sums(reach: NDArray[np.float64], images: Pixels) -> NDArray[np.float64]:
-    """Sum of the images weighted by their reach, [L, I, H, H], a block of them at a time."""
-    sums = np.zeros((reach.shape[1], *images.shape[1:]))
+def _sums(weights: NDArray[np.float64], images: Pixels) -> NDArray[np.float64]:
+    """Sum of the images by weights [P, L], [L, I, H, H], a block of them at a time."""
+    sums = np.zeros((weights.shape[1], *images.shape[1:]))
     for k in range(0, len(images), BLOCK):
-        sums += np.tensordot(reach[k : k + BLOCK].T, images[k : k + BLOCK].astype(np.float64), 1)
+        sums += np.tensordot(weights[k : k + BLOCK].T, images[k : k + BLOCK].astype(np.float64), 1)
     return sums
 
 
@@ -154,14 +156,10 @@ def root_draws(samples: Samples) -> list[RootDraw]:
     ]
 
 
-def side_by_side(train: Images, samples: Samples) -> list[tuple[str, Pixels]]:
+def side_by_side(real: Pixels, samples: Samples) -> list[tuple[str, Pixels]]:
     """Real images, the TreeVAE's samples and TreeDiffusion's for the same latents."""
-    count = SIDE_BY_SIDE
-    return [
-        ("Real", train.images[:count]),
-        ("TreeVAE", samples.treevae[:count]),
-        ("TreeDiffusion", samples.images[:count]),
-    ]
+    kinds = (("Real", real), ("TreeVAE", samples.treevae), ("TreeDiffusion", samples.images))
+    return [(name, images[: drawing.SIDE_BY_SIDE]) for name, images in kinds]
 
 
 def charts(tree: dict[str, list[dict[str, Any]]], diffusion: list[dict[str, Any]]) -> list[Chart]:
