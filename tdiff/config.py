@@ -26,6 +26,10 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 """Names that become a folder of their own: nothing that could lead elsewhere."""
 
 
+TAKEN = ("data", "evaluation", "mlartifacts", "mlflow.db")
+"""Names below `runs` that are no run's: what runs share lies there."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -150,6 +154,15 @@ class Samples(Section):
     batch: int = Field(250, ge=1, description="images per shard, drawn in one batch")
 
 
+class Classifier(Section):
+    network: Literal["small", "resnet50"] = Field("small", description="what judges samples; small: a few convs")
+    images: int = Field(38_400, ge=1, description="how many labelled images to train it on, repeats counted")
+    batch: int = Field(128, ge=2, description="images per step over all slots; fewer where there are not so many")
+    slots: int = Field(2, ge=1, description="S, parts of a batch with batch norm of their own; workers divide S")
+    learning_rate: float = Field(3e-3, gt=0, description="at the start; it falls to 0 along a cosine")
+    seed: int = Field(0, ge=0, description="of its own: runs on the same data share the classifier")
+
+
 class Evaluation(Section):
     likelihood_images: int = Field(1000, ge=0, description="held-out images whose log-likelihood is estimated")
     likelihood_samples: int = Field(100, ge=2, description="importance samples for each of them")
@@ -163,6 +176,7 @@ class Evaluation(Section):
     reference_images: int | None = Field(None, ge=4, description="how many of them; default: all")
     neighbour_images: int = Field(10_000, ge=4, description="images on each side at most for precision and recall")
     resamples: int = Field(200, ge=0, description="bootstrap resamples for the error of a Fréchet distance; 0: none")
+    classifier: Classifier = Classifier()
 
 
 class Config(Section):
@@ -182,25 +196,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        # A folder of its own directly below `runs`: --fresh deletes it. Beside it lie the data and MLflow's files.
-        taken = ("data", "evaluation", "mlartifacts", "mlflow.db")
-        if self.name is not None and (not FOLDER_NAME.fullmatch(self.name) or self.name in taken):
+        # A folder of its own directly below `runs`: --fresh deletes it.
+        if self.name is not None and (not FOLDER_NAME.fullmatch(self.name) or self.name in TAKEN):
             raise ValueError(
                 f"name={self.name!r} cannot name a run's folder: take letters, digits, and any of . _ + = - within "
-                f"(but not {', '.join(taken)})"
+                f"(but not {', '.join(TAKEN)})"
             )
-        for stage, section in (("tree", self.tree), ("diffusion", self.diffusion)):
+        classifier = self.evaluation.classifier
+        stages = (("tree", self.tree), ("diffusion", self.diffusion), ("evaluation.classifier", classifier))
+        for stage, section in stages:
             if section.batch % section.slots:
                 raise ValueError(
                     f"{stage}.batch={section.batch} cannot be divided into {stage}.slots={section.slots} equal "
                     f"parts: take a multiple of {section.slots}, such as {stage}.batch="
                     f"{max(section.slots, section.batch // section.slots * section.slots)}"
                 )
-        if self.tree.batch // self.tree.slots < 2:
-            raise ValueError(
-                f"tree.batch={self.tree.batch} leaves one image in each of tree.slots={self.tree.slots} slots, and "
-                f"batch norm needs two: take tree.batch={2 * self.tree.slots} or more"
-            )
+        for stage, normed in (("tree", self.tree), ("evaluation.classifier", classifier)):
+            if normed.batch // normed.slots < 2:
+                raise ValueError(
+                    f"{stage}.batch={normed.batch} leaves one image in each of {stage}.slots={normed.slots} slots, and "
+                    f"batch norm needs two: take {stage}.batch={2 * normed.slots} or more"
+                )
         if self.tree.contrastive and self.tree.augmentation == "none":
             raise ValueError(
                 f"tree.contrastive={self.tree.contrastive:g} compares two views of every image: take "

@@ -83,6 +83,11 @@ def at_once(workers: int) -> int:
     return min(workers, gpus()) if gpus() else workers
 
 
+def workers_for(slots: int, at_most: int) -> int:
+    """The largest divisor of `slots` that is not above `at_most`."""
+    return max(w for w in range(1, min(slots, at_most) + 1) if slots % w == 0)
+
+
 def disconnect() -> None:
     """Leaves the cluster; a local one ends."""
     if ray.is_initialized():

@@ -12,11 +12,8 @@ A shard is a fixed part of its split's order, whoever packs it and whatever happ
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,8 +28,6 @@ from tdiff.data.shards import Manifest, Shard, check_manifest, default_shard_sam
 from tdiff.data.sources import Samples, Source
 from tdiff.data.tars import Tars, checked_tar, existing_tars
 from tdiff.errors import ConfigError, DataError
-
-log = logging.getLogger(__name__)
 
 BYTES_FOR_WORKERS = 200_000_000
 """Sources whose files are larger are packed on Ray workers, unless one says how many: below, starting Ray takes longer.
@@ -342,21 +337,10 @@ def _entries(plan: Plan, url: str) -> dict[str, Entry]:
 @contextmanager
 def _only_packer(url: str, wait: bool) -> Iterator[None]:
     """Keeps a second process from packing into a local folder at the same time. Raises ConfigError."""
-    if not storage.is_local(url):
-        yield  # where two would write the same bytes twice
-        return
-    Path(url).mkdir(parents=True, exist_ok=True)
-    folder = os.open(url, os.O_RDONLY)  # the folder itself is locked: nothing of a lock stays in the data set
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        os.close(folder)
-        raise ConfigError(f"DEST {url} is being packed by another process: wait for it.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        log.warning("%s lies on a file system without locks: do not pack there from two processes at once", url)
-    try:
+
+    def held() -> None:
+        if not wait:
+            raise ConfigError(f"DEST {url} is being packed by another process: wait for it.")
+
+    with storage.locked(url, held):  # in object storage two would write the same bytes twice
         yield
-    finally:
-        os.close(folder)

@@ -9,7 +9,6 @@ phases wrote (`tdiff.tree.growth`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from tdiff import config as configs
 from tdiff import launch, results, storage
 from tdiff.config import Config
 from tdiff.errors import ConfigError
+from tdiff.launch import workers_for
 from tdiff.opening import opened
-from tdiff.runs import PHASE_NAME, Run, existing
+from tdiff.runs import PHASE_NAME, Run, existing, finish_phase, phase_summary
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
@@ -31,11 +31,6 @@ from tdiff.work.growing import GrowingPhase, Kind, grow, load_decisions, load_ro
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
-
-
-def workers_for(slots: int, at_most: int) -> int:
-    """The largest divisor of `slots` that is not above `at_most`."""
-    return max(w for w in range(1, min(slots, at_most) + 1) if slots % w == 0)
 
 
 # --- what comes next ---------------------------------------------------------------------------------
@@ -157,19 +152,11 @@ class Driver:
 
     def _finish(self, url: str, name: str, started: float) -> None:
         """Marks a phase as complete, noting what its last start took; says so, and mirrors it."""
-        ended = time.time()
-        summary_url = storage.join(url, "summary.json")
-        summary = storage.read_json(summary_url) if storage.exists(summary_url) else {}
-        first, last = summary.pop("first_step_at", started), summary.pop("last_step_at", ended)
-        # Everything of a Ray job that is not its steps: processes, imports, set-up, and writing at the end.
-        summary["wall_seconds"] = ended - started
-        summary["overhead_seconds"] = ended - started - (last - first)
+        summary = phase_summary(url, started)
         if storage.exists(storage.join(url, "routing.safetensors")):
             with scoring.one_thread():
                 summary |= scoring.progress(load_topology(url), load_decisions(url))
-        storage.write_text(summary_url, json.dumps(summary, indent=1) + "\n")
-        storage.finish(url)
-        storage.remove(storage.join(url, "checkpoints"))  # optimizer moments, which no later phase reads
+        finish_phase(url, summary)
         told = [] if name == DIFFUSION else [f"{len(load_topology(url).leaves)} leaves"]
         told += [f"{key[:3].upper()} {summary[key]:.3f}" for key in ("nmi_train", "acc_train") if key in summary]
         wall, overhead = summary["wall_seconds"], summary["overhead_seconds"]

@@ -8,9 +8,8 @@ from tdiff.config import Config
 from tdiff.data.known import size_of_known
 from tdiff.data.shards import read_manifest
 from tdiff.diffusion.condition import Denoiser
-from tdiff.launch import default_workers
+from tdiff.launch import default_workers, workers_for
 from tdiff.opening import check_size, data_url
-from tdiff.pipeline import workers_for
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import denoiser_spec, steps_of, tracks_of

@@ -1,8 +1,6 @@
 """How good a run's samples are: distances to real images, precision and recall, specificity. The driver's side of it.
 
-    RUNS/evaluation/classifiers/KEY/          a data set's classifier, trained once for all runs on it
-                    inception-DIGEST.safetensors
-                    references/KEY.safetensors   what an extractor saw in real images
+RUNS/evaluation/references/KEY.safetensors   what a network saw in real images
 
 Legend: L leaves, C classes, F features, K images whose features are kept.
 """
@@ -12,29 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import save as save_tensors
 
 from tdiff import launch, storage
 from tdiff.config import Config
-from tdiff.data.shards import Manifest, Shard, read_manifest
+from tdiff.data.shards import Shard
 from tdiff.errors import ConfigError
-from tdiff.evaluation import inception
 from tdiff.evaluation.classifier import class_histograms, mean_entropy
 from tdiff.evaluation.frechet import Moments, frechet_distance, frechet_error
 from tdiff.evaluation.precision import NEIGHBOURS, precision_recall
+from tdiff.judging import Say, extractor_facts, extractor_of, shared
 from tdiff.runs import Run
 from tdiff.seeds import permutation, seed_of
-from tdiff.work.judging import Extractor, Kind, Member, Seen, see_shard, see_split
+from tdiff.work.judging import Extractor, Member, Seen, see_shard, see_split
 from tdiff.work.sampling import SampleJob
 
 BLOCK = 500
@@ -43,63 +37,7 @@ BLOCK = 500
 MOST_RESAMPLED = 512
 """Features up to which a bootstrap is affordable: its eigendecompositions grow with their cube."""
 
-Say = Callable[[str], None]
 Numbers = dict[str, Any]
-
-
-def shared(run: Run, *parts: str) -> str:
-    """Where RUNS/evaluation/parts lies, which all runs of a folder share."""
-    return storage.join(run.url.rpartition("/")[0], "evaluation", *parts)
-
-
-# --- extractors --------------------------------------------------------------------------------------
-
-
-def inception_extractor(run: Run) -> Extractor:
-    """InceptionV3, its weights put where every worker finds them. Raises ConfigError if they cannot be had."""
-    named, content = _inception_file(run.config().evaluation.inception)
-    digest = hashlib.sha256(content).hexdigest()
-    url = shared(run, f"inception-{digest[:16]}.safetensors")
-    if not storage.exists(url):
-        try:
-            weights = inception.read_weights(content)
-            inception.Inception(weights)
-        except ValueError as error:
-            raise ConfigError(f"{named} cannot be used: {error}.") from error
-        storage.write_bytes(url, save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}))
-    return Extractor("inception", url, digest)
-
-
-def _inception_file(given: str | None) -> tuple[str, bytes]:
-    """What a message calls the file of InceptionV3's weights, and its content. Raises ConfigError."""
-    if given is not None:
-        named = f"evaluation.inception={given}"
-        try:
-            return named, storage.read_bytes(given)
-        except OSError as error:
-            raise ConfigError(f"{named} cannot be read ({error}): name a file of InceptionV3's weights.") from error
-    file = Path(torch.hub.get_dir(), "checkpoints", inception.URL.rpartition("/")[2])
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(inception.URL, str(file), progress=False)
-        except (urllib.error.URLError, OSError) as error:
-            raise ConfigError(
-                f"FID needs InceptionV3's weights, and {inception.URL} cannot be downloaded ({error}): set "
-                "evaluation.inception=FILE, or take evaluation.features=[classifier]."
-            ) from error
-    return str(file), file.read_bytes()
-
-
-def extractor_of(run: Run, kind: Kind, workers: int, say: Say = print) -> Extractor | None:
-    """The network of that kind; None for a classifier of data without labels. Raises ConfigError."""
-    return inception_extractor(run) if kind == "inception" else classifier_extractor(run, workers, say)
-
-
-def extractor_facts(extractor: Extractor) -> Numbers:
-    """What a number in its features is reported with."""
-    told: Numbers = {"digest": extractor.digest}
-    return told | (read_classifier_facts(extractor.url) if extractor.kind == "classifier" else {})
 
 
 # --- looking -----------------------------------------------------------------------------------------
@@ -110,7 +48,7 @@ Task = tuple[Any, ...]
 
 
 def look(groups: Sequence[Sequence[Task]], workers: int) -> list[Seen]:
-    """What Ray actors see in the tasks of each group, joined in their order, so that sums do not depend on who was first.
+    """What Ray actors see in the tasks of each group, joined in their order: sums do not depend on who was first.
 
     Memory holds one sum a group and what came too early, not what every task saw.
     """
@@ -176,8 +114,7 @@ def real(run: Run, extractor: Extractor, split: str, count: int | None, workers:
 
     It is kept in RUNS/evaluation/references under a key of all that it depends on.
     """
-    config, record = run.config(), run.record()
-    manifest = read_manifest(record["data_url"])
+    config, data_url, manifest = run.config(), run.record()["data_url"], run.manifest()
     # In random order: of many images the features of the first are kept, and splits are often sorted by class.
     ids = permutation(manifest.samples(split), "reference", split)[:count]
     keep = config.evaluation.neighbour_images
@@ -187,8 +124,7 @@ def real(run: Run, extractor: Extractor, split: str, count: int | None, workers:
         return _from_arrays({name: tensor.numpy() for name, tensor in storage.read_tensors(url).items()})
     blocks = range(0, len(ids), BLOCK)
     tasks = [
-        (see_split, extractor, config, record["data_url"], split, np.sort(ids[k : k + BLOCK]), max(0, keep - k))
-        for k in blocks
+        (see_split, extractor, config, data_url, split, np.sort(ids[k : k + BLOCK]), max(0, keep - k)) for k in blocks
     ]
     (seen,) = look([tasks], workers)
     storage.write_bytes(url, save_arrays(_arrays(seen)))
@@ -238,10 +174,10 @@ def _nearest(generated: NDArray[np.float32], reference: NDArray[np.float32]) -> 
     return generated[:count], reference[:count]
 
 
-def specificity(seen: Sequence[Seen], classes: int, shares: NDArray[np.float64]) -> Numbers:
+def specificity(seen: Sequence[Seen], classes: int, shares: NDArray[np.integer]) -> Numbers:
     """How sure a classifier is of the samples of each leaf, and of how many classes they are.
 
-    seen: of every leaf; shares: [L], how much of the prior each holds.
+    seen: of every leaf; shares: [L], how many draws from the prior each holds.
     """
     prediction, leaf = (np.concatenate([getattr(one, name) for one in seen]) for name in ("prediction", "leaf"))
     histograms = class_histograms(prediction, leaf, classes, len(seen))
@@ -322,7 +258,7 @@ def reference_of(run: Run) -> tuple[str, int]:
     """The split that samples are held against, and how many of its images: the split asked for, or the training images
     where there is no other.
     """
-    section, manifest = run.config().evaluation, read_manifest(run.record()["data_url"])
+    section, manifest = run.config().evaluation, run.manifest()
     split = section.reference if section.reference in manifest.splits else "train"
     there = manifest.samples(split)
     return split, min(there, section.reference_images or there)
@@ -330,7 +266,7 @@ def reference_of(run: Run) -> tuple[str, int]:
 
 def _other(run: Run, split: str, count: int) -> tuple[str, int] | None:
     """Real images to hold against the reference, for scale: those of the other split, at most as many."""
-    manifest = read_manifest(run.record()["data_url"])
+    manifest = run.manifest()
     for other in ("test", "train"):
         if other != split and other in manifest.splits:
             return other, min(count, manifest.samples(other))

@@ -198,7 +198,10 @@ def draw(
     function: Callable[..., Any] = draw_shard
     if looking is not None:
         function = draw_and_see
-        calls = [(job, shard, looking.extractor, max(0, looking.keep - shard * job.draws_per_shard * job.images_per_draw)) for job, shard in calls]
+        calls = [
+            (job, shard, looking.extractor, max(0, looking.keep - shard * job.draws_per_shard * job.images_per_draw))
+            for job, shard in calls
+        ]
     for finished, (index, result) in enumerate(launch.map_on_actors(function, calls, workers), start=1):
         name, shard = tasks[index]
         entry = result
@@ -532,12 +535,11 @@ def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     """How good samples are, a table for every network that judged them."""
     if not found:
         return []
-    real = found.get("real", {})
-    models = {
-        "treediffusion": "TreeDiffusion",
-        "treevae": "TreeVAE",
-        "real": f"{real.get('images'):,} real {'held-out' if real.get('split') == 'test' else 'training'} images, for scale",
-    } if real else {"treediffusion": "TreeDiffusion", "treevae": "TreeVAE"}
+    real = found.get("real")
+    models = {"treediffusion": "TreeDiffusion", "treevae": "TreeVAE"}
+    if real is not None:
+        of = "held-out" if real["split"] == "test" else "training"
+        models["real"] = f"{real['images']:,} real {of} images, for scale"
     reference = found["reference"]
     tables = []
     for kind, name in DISTANCES.items():
@@ -555,7 +557,11 @@ def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
         title = (
             f"{'FID' if kind == 'inception' else 'Fréchet distance'} of {found['draws']:,} draws to "
             f"{reference['images']:,} {reference['split']} images"
-            + (f", of {found['reconstructions']:,} reconstructions to the test images" if found["reconstructions"] else "")
+            + (
+                f", of {found['reconstructions']:,} reconstructions to the test images"
+                if found["reconstructions"]
+                else ""
+            )
             + f", in the features of {judge}"
         )
         rows = [

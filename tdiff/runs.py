@@ -5,18 +5,21 @@ RUN/config.yaml  run.json
     diffusion/                    checkpoints/ ema/ ema.safetensors unet.json metrics/ COMPLETE
     samples/NAME/                 shard-000000.tar … manifest.json grid.png COMPLETE
     evaluation.json  likelihood.safetensors  figures/  report/index.html
+RUNS/evaluation/classifiers/KEY/  classifier.safetensors classifier.json metrics/ COMPLETE (`tdiff.judging`)
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from tdiff import config as configs
 from tdiff import storage
 from tdiff.config import Config
+from tdiff.data.shards import Manifest, read_manifest
 from tdiff.errors import ConfigError
 
 PHASE_NAME = re.compile(r"\d\d+-(root|refit|prune|finetune|split-\d+)")
@@ -86,9 +89,36 @@ class Run:
         self.update(config=config.model_dump(mode="json"))
         storage.write_text(self.at("config.yaml"), config.to_yaml())
 
+    def manifest(self) -> Manifest:
+        """The manifest of the run's data. Raises ConfigError if that is no longer what the run was made from."""
+        record = self.record()
+        manifest = read_manifest(record["data_url"])
+        if manifest.digest != record["data_digest"]:
+            url = record["data_url"]
+            raise ConfigError(f"RUN {self.url} was made from other data than {url} now holds: bring the old data back.")
+        return manifest
+
     def update(self, **entries: Any) -> None:
         """Adds entries to run.json."""
         storage.write_text(self.at("run.json"), json.dumps({**self.record(), **entries}, indent=2) + "\n")
+
+
+def phase_summary(url: str, started: float) -> dict[str, Any]:
+    """What a phase whose Ray job has just ended says of itself in summary.json, with the seconds that its last start
+    took, begun at the Unix time `started`.
+    """
+    ended, file = time.time(), storage.join(url, "summary.json")
+    summary = storage.read_json(file) if storage.exists(file) else {}
+    first, last = summary.pop("first_step_at", started), summary.pop("last_step_at", ended)
+    # Everything of a Ray job that is not its steps: processes, imports, set-up, and writing at the end.
+    return summary | {"wall_seconds": ended - started, "overhead_seconds": ended - started - (last - first)}
+
+
+def finish_phase(url: str, summary: dict[str, Any]) -> None:
+    """Writes a phase's summary.json and marks its folder as complete."""
+    storage.write_text(storage.join(url, "summary.json"), json.dumps(summary, indent=1) + "\n")
+    storage.finish(url)
+    storage.remove(storage.join(url, "checkpoints"))  # optimizer moments, which no later phase reads
 
 
 def existing(url: str) -> Run:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -247,6 +249,33 @@ def finish(url: str) -> None:
 def finished(url: str) -> bool:
     """Whether a folder was marked as complete."""
     return exists(join(url, COMPLETE))
+
+
+@contextmanager
+def locked(url: str, held: Callable[[], None]) -> Iterator[None]:
+    """Keeps other processes that ask for it out of a local folder, which is made if it is missing.
+
+    held: called if another process has it, before this one waits for it; what it raises is raised instead. In object
+    storage nobody is kept out: ask for it only where two at once write the same bytes.
+    """
+    if not is_local(url):
+        yield
+        return
+    Path(url).mkdir(parents=True, exist_ok=True)
+    folder = os.open(url, os.O_RDONLY)  # the folder itself is locked: no lock stays in it
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held()
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            log.warning("%s lies on a file system without locks: let no two processes work there at once", url)
+        yield
+    finally:
+        os.close(folder)
 
 
 # --- local folders -----------------------------------------------------------------------------------

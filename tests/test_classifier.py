@@ -10,7 +10,15 @@ import torch
 from sklearn.datasets import load_digits
 
 from tdiff.evaluation import classifier
-from tdiff.evaluation.classifier import Classifier, class_histograms, confidence, mean_entropy, train_classifier
+from tdiff.evaluation.classifier import (
+    Classifier,
+    ClassifierSpec,
+    ResNet50,
+    class_histograms,
+    confidence,
+    mean_entropy,
+    train_classifier,
+)
 
 torch.set_num_threads(1)
 
@@ -77,6 +85,43 @@ def test_every_image_size_fits(channels: int, size: int) -> None:
     assert model(torch.rand(2, channels, size, size)).shape == (2, 8)
     with pytest.raises(ValueError, match="takes images of"):
         model(torch.rand(2, channels, size + 1, size))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 72)])
+def test_a_resnet50_has_the_stem_that_the_size_asks_for(channels: int, size: int) -> None:
+    model = ResNet50(channels, size, classes=8).eval()
+    x, maps = torch.rand(2, channels, size, size), []
+    model.body.layer1.register_forward_hook(lambda module, inputs, output: maps.append(output.shape))  # type: ignore
+    features = model.features(x)
+    assert features.shape == (2, 2048)
+    assert maps[0] == (2, 256, size, size) if size <= 64 else (2, 256, size / 4, size / 4)
+    torch.testing.assert_close(model.head(features), model(x))
+    with pytest.raises(ValueError, match="takes images of"):
+        model(torch.rand(2, channels, size + 1, size))
+    assert 23.5e6 < sum(p.numel() for p in model.parameters()) < 23.6e6  # torchvision's 25.6e6 less 992 classes
+
+
+@pytest.mark.parametrize("network", ["small", "resnet50"])
+def test_a_spec_builds_the_same_shapes_again(network: str) -> None:
+    spec = ClassifierSpec(network, 3, 16, 5)
+    assert ClassifierSpec.from_json(spec.to_json()) == spec
+    one, other = spec.build(), ClassifierSpec.from_json(spec.to_json()[:-1] + ', "test_accuracy": 0.5}').build()
+    other.load_state_dict(one.state_dict())
+    assert type(one).__name__ == {"small": "Classifier", "resnet50": "ResNet50"}[network]
+    with pytest.raises(ValueError, match="choose one of small, resnet50"):
+        ClassifierSpec("vgg", 3, 16, 5)
+    for text in ("{}", "[]", "no JSON", spec.to_json().replace(network, "vgg")):
+        with pytest.raises(ValueError, match=r"not a classifier\.json"):
+            ClassifierSpec.from_json(text)
+
+
+def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
+    images = torch.rand(400, 3, 4, 5)
+    found = classifier.flip(images, torch.Generator().manual_seed(0))
+    mirrored = (found == images.flip(3)).flatten(1).all(1)
+    as_before = (found == images).flatten(1).all(1)
+    assert (mirrored ^ as_before).all()
+    assert 150 < int(mirrored.sum()) < 250
 
 
 def test_shift_moves_by_at_most_a_pixel() -> None:

@@ -99,6 +99,12 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "samples.batch": (100, True),
     "evaluation.likelihood_images": (10, False),
     "evaluation.likelihood_samples": (10, False),
+    "evaluation.classifier.network": ("resnet50", False),
+    "evaluation.classifier.images": (1000, False),
+    "evaluation.classifier.batch": (64, False),
+    "evaluation.classifier.slots": (1, False),
+    "evaluation.classifier.learning_rate": (1e-4, False),
+    "evaluation.classifier.seed": (1, False),
 }
 
 
@@ -296,6 +302,14 @@ def test_a_wrong_value_is_named_with_its_remedy(setting: str, value: str, remedy
         (["samples.guidance_interval=[5, 1]"], ["samples.guidance_interval=[5.0, 1.0]", "rising"]),
         (["samples.ema=0.07", "diffusion.snapshots=0"], ["samples.ema=0.07", "diffusion.snapshots=16"]),
         (["samples.ema=0.1", "diffusion.ema_decay=0.99"], ["samples.ema=0.1", "diffusion.snapshots=16"]),
+        (
+            ["evaluation.classifier.slots=3"],
+            ["evaluation.classifier.batch=128", "evaluation.classifier.slots=3", "=126"],
+        ),
+        (
+            ["evaluation.classifier={batch: 4, slots: 4}"],
+            ["evaluation.classifier.batch=4", "evaluation.classifier.slots=4", "evaluation.classifier.batch=8"],
+        ),
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings: list[str], parts: list[str]):
@@ -321,7 +335,8 @@ def test_the_remedies_for_settings_that_do_not_fit_do_work():
 
 
 @pytest.mark.parametrize(
-    "name", [".", "..", "../x", "a/b", "/etc", "''", ".hidden", "it's", "a b", "~", "data", "mlartifacts", '"a\\nb"']
+    "name",
+    [".", "..", "../x", "a/b", "/etc", "''", ".hidden", "it's", "a b", "~", '"a\\nb"', *configs.TAKEN],
 )
 def test_a_name_is_that_of_a_folder_below_runs(name: str):
     if name == "~":  # null: the derived name

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -39,10 +40,12 @@ TINY = [
     "samples.per_leaf=12",
     "samples.draws=100",
     "samples.draws_all_leaves=2",
+    "samples.reconstructions=60",
     "samples.steps=4",
     "samples.batch=40",
     "evaluation.likelihood_images=60",
     "evaluation.likelihood_samples=10",
+    "evaluation.classifier.images=12800",
 ]
 
 
@@ -99,6 +102,21 @@ def test_what_a_run_leaves(straight: Path) -> None:
     assert len(page) < 5e6
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_what_is_compared_while_drawing_is_what_evaluation_finds(straight: Path) -> None:
+    run = tiny(straight)
+    found = json.loads((Path(run.url) / "evaluation.json").read_text())["samples"]
+    drawn = command("generate", run.url, "--num", "100", "--fid", "--workers", "1", "--out", "again", cwd=straight)
+    assert drawn.returncode == 0, drawn.stderr
+    told = json.loads((Path(run.url) / "samples" / "again" / "quality.json").read_text())
+    assert told["images"] == 100
+    assert told["extractor"]["digest"] == found["classifier"]["digest"]
+    for name in ("classifier_frechet_gen", "classifier_frechet_gen_error", "classifier_precision_gen"):
+        assert told[name] == found["treediffusion"][name]
+    once_more = command("generate", run.url, "--num", "100", "--fid", "--out", "again", cwd=straight)
+    assert once_more.returncode == 0, once_more.stderr
+    assert json.loads((Path(run.url) / "samples" / "again" / "quality.json").read_text()) == told
 
 
 def test_samples_are_shards_with_their_place_in_the_tree(straight: Path) -> None:

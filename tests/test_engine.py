@@ -55,7 +55,8 @@ from tdiff.seeds import generator
 from tdiff.tracking import read_metrics
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
-from tdiff.work import growing
+from tdiff.work import classifying, growing
+from tdiff.work.classifying import ClassifierPhase, classify
 from tdiff.work.diffusing import DiffusionPhase, diffuse
 from tdiff.work.growing import GrowingPhase, grow, load_tree, save_tree
 from tdiff.work.snapshots import file_name, rebuild
@@ -77,7 +78,7 @@ Tensors = dict[str, Tensor]
 @dataclass(frozen=True)
 class Job:
     """One call of `engine.train`. kind: root, split or refit ("views-": of two views in colour), threshold (a root that
-    leaves rows out), or diffusion; name: folder of its metrics and checkpoints.
+    leaves rows out), diffusion or classifier; name: folder of its metrics and checkpoints.
     """
 
     kind: str
@@ -166,7 +167,14 @@ def small_config(slots: int = 4, zero: int = 1, views: bool = False, threshold: 
         "warmup_images": 320,
         "zero": zero,
     }
-    return validated({"tree": tree, "diffusion": diffusion | {"ema": EMA_WIDTH, "snapshots": SNAPSHOTS}})
+    classifier = {"batch": 32, "slots": slots, "images": 32 * STEPS}
+    return validated(
+        {
+            "tree": tree,
+            "diffusion": diffusion | {"ema": EMA_WIDTH, "snapshots": SNAPSHOTS},
+            "evaluation": {"classifier": classifier},
+        }
+    )
 
 
 def task_of(job: Job) -> Task:
@@ -189,6 +197,8 @@ def task_of(job: Job) -> Task:
             name = {"root": "00-root", "split": "01-split-1", "refit": "02-refit"}[kind]
             previous, leaf = None if kind == "root" else start, 1 if kind == "split" else None
             grow(GrowingPhase(name, kind, url, previous, leaf, data_url, settings), worker)
+        elif kind == "classifier":
+            classify(ClassifierPhase(url, data_url, settings), worker)
         else:
             # Without it networks as small as these would not be partitioned.
             partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if job.zero == 3 else {}
@@ -343,8 +353,8 @@ def make_home(home: Path) -> Path:
     grey = {name: split.images[:IMAGES] for name, split in source.splits.items()}
     colour = {name: np.concatenate([x, x[:, :, ::-1], 255 - x], 1) for name, x in grey.items()}
     for prefix, images in (("", grey), ("colour-", colour)):
-        some = {name: Split(x, None) for name, x in images.items()}
-        pack(Source("digits", some, None), str(home / f"{prefix}data"), 200)
+        some = {name: Split(x, source.splits[name].labels[:IMAGES]) for name, x in images.items()}
+        pack(Source("digits", some, source.classes), str(home / f"{prefix}data"), 200)
         torch.manual_seed(0)
         spec = small_config(views=bool(prefix)).tree_spec(images["train"].shape[1], 8)
         model = TreeVAE(spec, Topology.root_with_two_leaves("00-root"))
@@ -408,6 +418,7 @@ PHASES = {
     "views-split": 0,
     "threshold": 0,
     "diffusion": 1,
+    "classifier": 0,
 }  # kind -> ZeRO stage, as the product has it
 
 
@@ -504,7 +515,7 @@ def test_running_statistics_do_not_depend_on_the_workers(plain, by_workers, worl
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["root", "split"])
+@pytest.mark.parametrize("kind", ["root", "split", "classifier"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_running_statistics_stay_together_in_training(plain, by_workers, kind: str, world: int) -> None:
     """Means too, after 50 steps of training: there is no bias before a batch norm for rounding to drift along."""
@@ -645,6 +656,25 @@ def test_decisions_and_frozen_features_do_not_depend_on_the_workers(home, launch
         for other, features in launch(world, decided, home, block):
             np.testing.assert_array_equal(other, left)
             assert torch.equal(features, frozen)
+
+
+def judged(rank: int, world: int, home: Path, block: int) -> tuple[int, int]:
+    """How many images of the test split a classifier that was never trained is right about, in blocks of so many."""
+    classifying.TEST_BLOCK = block
+    torch.manual_seed(0)
+    manifest = read_manifest(str(home / "data"))
+    network = classifying.classifier_spec(small_config(), manifest).build()
+    return classifying.right_of(network, Reader(str(home / "data"), manifest, "test"), FolderWorker(rank, world, home))
+
+
+@pytest.mark.parametrize("block", [50, IMAGES])
+def test_accuracy_does_not_depend_on_the_workers(home, launch, block: int) -> None:
+    """Whole blocks of images go to workers, so some may have none."""
+    (found,) = launch(1, judged, home, block)
+    assert found[1] == len(digits().splits["test"])
+    assert 0 < found[0] < found[1] / 2
+    for world in (2, 4):
+        assert launch(world, judged, home, block) == [found] * world
 
 
 def test_a_reach_threshold_changes_what_a_phase_computes(plain) -> None:

@@ -1,4 +1,4 @@
-"""Protects FID's features: they are torch-fidelity's, on grey images too, and a file of weights is read, never executed."""
+"""Protects FID's features: they are torch-fidelity's, on grey images too, and a file of weights is never executed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inception_weights import random_inception
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tdiff.evaluation.inception import FEATURES, Inception, read_weights
-from inception_weights import random_inception
 
 
 @pytest.fixture(scope="module")

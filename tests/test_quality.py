@@ -1,5 +1,5 @@
-"""Protects the numbers of samples: the same whoever looks and however work is shared, FID as torch-fidelity's, references
-that are looked at once and never mistaken for others, and nothing called FID that is not.
+"""Protects the numbers of samples: the same whoever looks and however work is shared, FID as torch-fidelity's,
+references that are looked at once and never mistaken for others, and nothing called FID that is not.
 """
 
 from __future__ import annotations
@@ -186,7 +186,10 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
 def test_distances_are_named_by_their_network() -> None:
     rng, config = np.random.default_rng(0), Config()
     reference, drawn = seen_of(rng.normal(size=(400, 6))), seen_of(rng.normal(0.2, 1, (300, 6)))
-    found = {kind: quality.distances(config, Extractor(kind, "", ""), [drawn], reference, "gen") for kind in ("inception", "classifier")}
+    found = {
+        kind: quality.distances(config, Extractor(kind, "", ""), [drawn], reference, "gen")
+        for kind in ("inception", "classifier")
+    }
     assert set(found["inception"]) == {"fid_gen", "fid_gen_error", "inception_precision_gen", "inception_recall_gen"}
     assert not any("fid" in name for name in found["classifier"])
     expected = frechet_distance(drawn.moments, reference.moments)

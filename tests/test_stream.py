@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from making import CLASSES, DataSet, make_set, picture, png_of, shard_name, shard_of, tar_of, write_set
 
 from tdiff import storage
+from tdiff.data.decode import Images
 from tdiff.data.order import Order
 from tdiff.data.stream import AHEAD, Batches, Reader, check_shards, read_split
 from tdiff.errors import DataError
@@ -252,6 +253,25 @@ def test_batches_are_what_the_order_says_whatever_workers_cache_and_resuming(dat
                         np.testing.assert_array_equal(stream(step, slot), chosen[rows[step][slot]])
 
 
+def test_labels_come_with_the_images_they_belong_to(noise: DataSet):
+    reader = reader_of(noise)
+    order = Order(reader.counts(), 8, 2, 0, PHASE, 12)
+    stream = Batches(reader, order, 24)
+    assert noise.labels is not None
+    for step in range(24):
+        for slot in (0, 1):
+            ids, found = order.positions(step, slot), stream.take(step, slot)
+            np.testing.assert_array_equal(found.images, noise.images[ids])
+            np.testing.assert_array_equal(found.labels, noise.labels[ids])  # type: ignore[arg-type]
+
+
+def test_images_without_labels_have_none_in_batches(tmp_path: Path):
+    made = make_set(tmp_path, [9], labelled=False)
+    stream = Batches(reader_of(made), Order([9], 4, 2, 0, PHASE, 12), 2)
+    assert stream.take(0, 0).labels is None
+    assert len(stream(0, 1)) == 2
+
+
 class Watched(Reader):
     """A reader that notes what is gathered, and what of that is still in memory."""
 
@@ -260,10 +280,10 @@ class Watched(Reader):
         self.asked: list[list[int]] = []
         self.given: list[weakref.ref[np.ndarray]] = []
 
-    def gather(self, ids: np.ndarray) -> np.ndarray:
+    def take(self, ids: np.ndarray) -> Images:
         self.asked.append(ids.tolist())
-        found = super().gather(ids)
-        self.given.append(weakref.ref(found))
+        found = super().take(ids)
+        self.given.append(weakref.ref(found.images))
         return found
 
     def alive(self) -> int:

@@ -240,7 +240,8 @@ def check_shards(url: str, manifest: Manifest, split: str) -> dict[str, str]:
 
 
 class Batches:
-    """The images of a phase's batches: (step, slot) -> uint8 [B/S, I, H, H], for steps below `steps`.
+    """The images of a phase's batches: (step, slot) -> uint8 [B/S, I, H, H], for steps below `steps`; `take` gives them
+    with their labels.
 
     While one block of a slot is used, its next is gathered in the background: two blocks of each slot that this
     worker serves are in memory. ids: those that `order` orders, ascending (None: the whole split).
@@ -252,10 +253,14 @@ class Batches:
         self._steps = steps
         self._ids = ids
         self._pool = ThreadPoolExecutor(1, "blocks")
-        self._now: dict[int, tuple[Block, Pixels]] = {}
-        self._coming: dict[int, tuple[Block, Future[Pixels]]] = {}
+        self._now: dict[int, tuple[Block, Images]] = {}
+        self._coming: dict[int, tuple[Block, Future[Images]]] = {}
 
     def __call__(self, step: int, slot: int) -> Pixels:
+        return self.take(step, slot).images
+
+    def take(self, step: int, slot: int) -> Images:
+        """The same with their labels, if all of their block have one."""
         block = self._order.block_of(step)
         if slot not in self._now or self._now[slot][0] != block:
             self._now.pop(slot, None)  # its memory is needed for the next
@@ -267,11 +272,12 @@ class Batches:
             if (next_step := self._order.after(block)) < self._steps:
                 following = self._order.block_of(next_step)
                 self._coming[slot] = (following, self._pool.submit(self._gathered, following, slot))
-        return self._now[slot][1][self._order.rows(step)]
+        found, rows = self._now[slot][1], self._order.rows(step)
+        return Images(found.images[rows], None if found.labels is None else found.labels[rows])
 
-    def _gathered(self, block: Block, slot: int) -> Pixels:
+    def _gathered(self, block: Block, slot: int) -> Images:
         positions = self._order.block(block, slot)
-        return self._reader.gather(positions if self._ids is None else self._ids[positions])
+        return self._reader.take(positions if self._ids is None else self._ids[positions])
 
 
 def read_split(url: str, manifest: Manifest, split: str, max_bad_samples: int = 0) -> Images:

@@ -107,5 +107,7 @@ def frechet_error(features: NDArray[np.floating], reference: Moments, resamples:
     """
     rng = np.random.default_rng(seed)
     rows = np.asarray(features)
-    found = [frechet_distance(Moments.of(rows[rng.integers(0, len(rows), len(rows))]), reference) for _ in range(resamples)]
+    found = [
+        frechet_distance(Moments.of(rows[rng.integers(0, len(rows), len(rows))]), reference) for _ in range(resamples)
+    ]
     return float(np.std(found, ddof=1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -25,7 +26,7 @@ class PrecisionRecall(NamedTuple):
     """Share of real images that lie in a generated image's ball: how much of the data they cover."""
 
 
-def precision_recall(generated: NDArray, real: NDArray) -> PrecisionRecall:
+def precision_recall(generated: NDArray[np.floating], real: NDArray[np.floating]) -> PrecisionRecall:
     """Of features [M, F] and [N, F]. Raises ValueError if there are no more images than neighbours on a side."""
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= NEIGHBOURS:

@@ -102,9 +102,7 @@ def _network(extractor: Extractor) -> torch.nn.Module:
     return network.eval().requires_grad_(False).to(device())
 
 
-def _seen(
-    extractor: Extractor, images: NDArray[np.uint8], keep: int, leaf: NDArray[np.int64] | None = None
-) -> Seen:
+def _seen(extractor: Extractor, images: NDArray[np.uint8], keep: int, leaf: NDArray[np.int64] | None = None) -> Seen:
     """Of uint8 images [B, I, H, H]."""
     network, here = _network(extractor), device()
     features, logits = [], []

@@ -48,8 +48,9 @@ def nodes(
 ) -> dict[int, NodeContents]:
     """What every node shows, by node id.
 
-    decisions: on all training images. shown: those that may be pictured. classes: how many there are, where images have labels. of_leaves: samples
-    of every leaf. predicted: classes [L, C] that a classifier sees in samples. elbo: of images [M], and their leaves.
+    decisions: on all training images. shown: those that may be pictured. classes: how many there are, where images
+    have labels. of_leaves: samples of every leaf. predicted: classes [L, C] that a classifier sees in samples. elbo: of
+    images [M], and their leaves.
     """
     reach = leaf_reach(topology, decisions.left)
     leaf = reach.argmax(1)
