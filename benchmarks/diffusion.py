@@ -41,6 +41,7 @@ from tdiff.diffusion.process import make_process
 from tdiff.diffusion.unet import UNet, UNetSpec
 from tdiff.tree.model import TreeSpec, TreeVAE
 from tdiff.tree.topology import Topology
+from tdiff.work.reading import computes_in_bf16
 
 SHAPES = {
     8: UNetSpec(1, 8, 32, (1, 2), attention=(4,)),
@@ -93,11 +94,6 @@ class Clock:
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """What `precision: auto` asks."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager
@@ -170,7 +166,7 @@ def variants(spec: UNetSpec, batch: int, device: torch.device, compiled: bool) -
     x = torch.randn(batch, spec.channels, spec.image_size, spec.image_size, device=device)
     t = torch.randint(0, 1000, (batch,), device=device)
     y = torch.randn(batch, spec.embedding_size, device=device)
-    precisions = {"fp32": False} | ({"bf16": True} if has_fast_bf16(device) else {})
+    precisions = {"fp32": False} | ({"bf16": True} if computes_in_bf16(device) else {})
     found: dict[str, tuple[Run, Run]] = {}
     net, other = UNet(spec).to(device), diffusers_unet(spec)
     print(f"parameters: ours {count(net):,}, diffusers {count(other):,}" if other else "diffusers is missing: skipped")
@@ -236,7 +232,7 @@ def conditioning(size: int, batch: int, repeats: int, device: torch.device) -> d
     nodes, latent = len(tree.topology.nodes), shape.latent_channels * shape.size**2
     denoiser = Denoiser(DenoiserSpec(spec, "path", "index", nodes, latent)).to(device)
     assert denoiser.path_encoder is not None
-    encoder, process, bf16 = denoiser.path_encoder, make_process("noise", 1000), has_fast_bf16(device)
+    encoder, process, bf16 = denoiser.path_encoder, make_process("noise", 1000), computes_in_bf16(device)
     images = torch.rand(batch, spec.channels, size, size, device=device)
     t, noise = torch.randint(0, 1000, (batch,), device=device), torch.randn_like(images)
     rng = torch.Generator(device).manual_seed(0)
@@ -367,7 +363,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "size": arguments.size,
         "batch": arguments.batch,
-        "fast_bf16": has_fast_bf16(device),
+        "fast_bf16": computes_in_bf16(device),
         "unet": against_diffusers(SHAPES[arguments.size], arguments.batch, repeats, device, arguments.compile),
         "conditioning": conditioning(arguments.size, arguments.batch, repeats, device),
         "bytes_per_rank": bytes_per_rank(),

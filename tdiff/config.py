@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from tdiff.diffusion.condition import CONDITIONS
 from tdiff.diffusion.process import Objective, make_process
-from tdiff.diffusion.samplers import Grid, Sampler, Start
+from tdiff.diffusion.samplers import Grid, Sampler, Start, check_eta
 from tdiff.diffusion.unet import UNetSpec
 from tdiff.errors import ConfigError
 from tdiff.tree.model import TreeSpec
@@ -144,6 +144,7 @@ class Samples(Section):
     draws_all_leaves: int = Field(4, ge=1, description="root draws shown through every leaf")
     steps: int = Field(50, ge=2, description="times of the sampler's grid")
     sampler: Sampler = "ddim"
+    eta: float = Field(0.0, ge=0, le=1, description="noise that ddim adds on the way; 0: none, 1: as much as ddpm")
     grid: Grid = Field("quadratic", description="quadratic and uniform: in time steps; karras: in noise levels")
     start: Start = Field("noise", description="recon: denoising starts from the leaf's noised reconstruction")
     guidance: float = Field(0.0, ge=0, description="weight w of classifier-free guidance; needs condition_dropout")
@@ -263,6 +264,10 @@ class Config(Section):
             raise ValueError(
                 "diffusion.compile=true cannot trace the partitioned weights of diffusion.zero=3: take diffusion.zero=2"
             )
+        try:
+            check_eta(self.samples.sampler, self.samples.eta)
+        except ValueError as error:
+            raise ValueError(f"samples.{error}") from error
         if (interval := self.samples.guidance_interval) and not 0 <= interval[0] <= interval[1]:
             raise ValueError(
                 f"samples.guidance_interval={list(interval)} must be two rising noise levels of at least 0"

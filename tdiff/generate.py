@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--node", type=int, help="id of a node: draw below it, or go on below it from an image's path")
     parser.add_argument("--steps", type=int, help="times of the sampler's grid")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's samples.sampler")
+    parser.add_argument("--eta", type=float, help="noise that ddim adds, from 0 (none) to 1 (as much as ddpm)")
     parser.add_argument("--grid", choices=GRIDS, help="default: the run's samples.grid")
     parser.add_argument("--start", choices=STARTS, help="noise, or the leaf's noised reconstruction")
     parser.add_argument("--guidance", type=float, help="weight of classifier-free guidance; 0: none")

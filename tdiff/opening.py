@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tdiff import config as configs
 from tdiff import launch, storage
 from tdiff.config import Config
@@ -28,6 +26,7 @@ from tdiff.packing import pack
 from tdiff.runs import Run, existing
 from tdiff.work.diffusing import deepspeed_settings
 from tdiff.work.growing import check
+from tdiff.work.reading import computes_in_bf16
 
 RECORDS = ("run.json", "config.yaml")
 """The first says what the run is; either says that its folder is a run's."""
@@ -206,18 +205,24 @@ def check_size(config: Config, name: str, images: int, shape: tuple[int, int, in
 
 
 def resolve_precision(precision: str, workers: int) -> bool:
-    """Whether stage 2 runs in bf16. auto: on GPUs, and on CPUs that compute in it. Raises ConfigError."""
+    """Whether stage 2 runs in bf16. auto: on GPUs, and on CPUs that compute in it. Raises ConfigError.
+
+    What counts is what the workers have: where RAY_ADDRESS names a cluster one of them is asked, not this machine.
+    """
     if precision == "fp32":
         return False
-    if os.environ.get("RAY_ADDRESS"):  # what counts is what the workers have, not this machine
-        launch.connect(workers)
-        if launch.gpus():
-            return True
-    has_gpu = torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported() if has_gpu else torch.cpu._is_avx512_bf16_supported()
+    if not os.environ.get("RAY_ADDRESS"):
+        return bf16_for(precision, computes_in_bf16())
+    launch.connect(workers)
+    [(_, fast)] = launch.map_on_actors(computes_in_bf16, [()], 1)
+    return bf16_for(precision, fast)
+
+
+def bf16_for(precision: str, fast: bool) -> bool:
+    """Whether `precision` means bf16 where workers compute in bf16 or (not `fast`) do not. Raises ConfigError."""
     if precision == "bf16" and not fast:
-        raise ConfigError("precision=bf16 needs a GPU or CPU that computes in bf16, this one does not: take auto.")
-    return fast
+        raise ConfigError("precision=bf16 needs a GPU or CPU that computes in bf16, the workers have none: take auto.")
+    return fast and precision != "fp32"
 
 
 def tracking_uri(config: Config) -> tuple[str, str | None]:

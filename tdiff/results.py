@@ -23,6 +23,7 @@ from tdiff import config as configs
 from tdiff import judging, launch, quality, storage
 from tdiff.config import Config
 from tdiff.data.shards import Manifest, Shard, read_manifest
+from tdiff.diffusion.samplers import check_eta
 from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
@@ -55,7 +56,7 @@ def sample_job(run: Run, name: str, **settings: Any) -> SampleJob:
             f"RUN {run.url} has no diffusion model yet: finish it with python -m tdiff.train, or take model=treevae."
         )
     topology = load_topology(tree_url)
-    drawn_by = ("steps", "sampler", "grid", "start", "guidance", "guidance_interval", "ema")
+    drawn_by = ("steps", "sampler", "eta", "grid", "start", "guidance", "guidance_interval", "ema")
     defaults: Settings = {
         "mode": "sample",
         "model": "treediffusion",
@@ -113,6 +114,10 @@ def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> No
         raise ConfigError(f"grid={chosen['grid']} is one of time steps, and this model has noise levels: take karras.")
     if steps < 2 or (spec.objective != "edm" and steps > most):
         raise ConfigError(f"steps={steps} cannot be used: take from 2 to the schedule's {most}.")
+    try:
+        check_eta(chosen["sampler"], chosen["eta"])
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
     if not 0 <= chosen["guidance"] < math.inf:
         raise ConfigError(f"guidance={chosen['guidance']} cannot be used: take 0 or more.")
     if chosen["guidance"] and not spec.null:
@@ -442,9 +447,10 @@ def _facts(run: Run, manifest: Manifest, topology: Topology) -> list[tuple[str, 
     ]
     if storage.finished(run.at("diffusion")):
         drawn = config.samples
+        eta = f" with eta {drawn.eta:g}" if drawn.eta else ""
         facts += [
             ("Diffusion condition", config.diffusion.condition),
-            ("Sampler", f"{drawn.sampler.upper()}, {drawn.steps} steps, {drawn.grid} grid"),
+            ("Sampler", f"{drawn.sampler.upper()}{eta}, {drawn.steps} steps, {drawn.grid} grid"),
         ]
     return facts
 

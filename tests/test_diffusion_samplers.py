@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -258,6 +259,31 @@ def test_ddim_with_eta_one_is_ddpm() -> None:
     first = ddpm(exact, x, VP, grid, noise_from(torch.Generator().manual_seed(1)))
     second = ddim(exact, x, VP, grid, 1.0, noise_from(torch.Generator().manual_seed(1)))
     torch.testing.assert_close(first, second)
+
+
+def test_eta_by_a_sampler_s_name() -> None:
+    x, grid = torch.randn(6, 2, 3, 3, dtype=torch.float64), quadratic_grid(1000, 20)
+    found = {
+        eta: run_sampler("ddim", exact, x, VP, grid, noise_from(torch.Generator().manual_seed(1)), eta)
+        for eta in (0.0, 0.3, 1.0)
+    }
+    assert torch.equal(found[0.0], ddim(exact, x, VP, grid))
+    assert torch.equal(found[0.3], ddim(exact, x, VP, grid, 0.3, noise_from(torch.Generator().manual_seed(1))))
+    by_ddpm = run_sampler("ddpm", exact, x, VP, grid, noise_from(torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(found[1.0], by_ddpm)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
+def test_eta_has_a_meaning_for_ddim_only(sampler: Sampler) -> None:
+    x, noise = torch.zeros(1, 1, 1, 1), noise_from(torch.Generator())
+    with pytest.raises(ValueError, match=re.escape(f"eta=0.5 has no effect with sampler={sampler}: take sampler=ddim")):
+        run_sampler(sampler, exact, x, VP, [5, 0], noise, 0.5)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_eta_is_a_share(eta: float) -> None:
+    with pytest.raises(ValueError, match="cannot be used: take from 0 to 1"):
+        run_sampler("ddim", exact, torch.zeros(1, 1, 1, 1), VP, [5, 0], noise_from(torch.Generator()), eta)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

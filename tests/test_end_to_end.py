@@ -310,6 +310,8 @@ def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
         ("generate", [run.url, "--steps", "1001"], "steps=1001"),
         ("generate", [run.url, "--node", "99"], "node=99 does not exist"),
         ("generate", [run.url, "--out", "leaf-03"], "where the run's own samples lie"),
+        ("generate", [run.url, "--eta", "1.5"], "eta=1.5 cannot be used: take from 0 to 1"),
+        ("generate", [run.url, "--eta", "0.5", "--sampler", "heun"], "take sampler=ddim, or eta=0"),
         ("generate", [run.url, "--guidance", "nan"], "guidance=nan cannot be used"),
         ("generate", [run.url, "--node", "1", "--leaf", "0"], "exclude each other"),
         ("generate", [run.url, "--guidance", "1"], "diffusion.condition_dropout=0.1"),

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from tdiff import config as configs
 from tdiff import launch, pipeline, storage
@@ -27,13 +28,14 @@ from tdiff.config import Config
 from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.sources import Source, Split
 from tdiff.errors import ConfigError, DataError
-from tdiff.opening import digest_of, only_driver, open_data, opened, tracking_uri
+from tdiff.opening import bf16_for, digest_of, only_driver, open_data, opened, tracking_uri
 from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
 from tdiff.runs import Run
 from tdiff.tracking import Mirror
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import deepspeed_settings
+from tdiff.work.reading import computes_in_bf16
 
 
 def open_run(config: Config, fresh: bool = False) -> Run:
@@ -632,6 +634,52 @@ def test_the_lock_of_a_killed_driver_is_free(tmp_path: Path):
 def test_the_numbers_of_a_result_get_dotted_names():
     nested = json.loads('{"run": "x", "leaves": 3, "clustering": {"tree_test": {"acc": 0.5, "why": "no number"}}}')
     assert dict(pipeline._numbers(nested)) == {"leaves": 3.0, "clustering.tree_test.acc": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "bf16"),
+    [("fp32", True, False), ("fp32", False, False), ("auto", True, True), ("auto", False, False), ("bf16", True, True)],
+)
+def test_what_a_precision_means(precision: str, fast: bool, bf16: bool):
+    assert bf16_for(precision, fast) is bf16
+
+
+def test_bf16_on_workers_without_it_is_refused():
+    with pytest.raises(ConfigError, match=r"^precision=bf16 needs a GPU or CPU that computes in bf16.*: take auto\.$"):
+        bf16_for("bf16", False)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_gpu_that_emulates_bf16_does_not_compute_in_it(monkeypatch: pytest.MonkeyPatch, has_it: bool):
+    """Before Ampere torch emulates bf16, and says that it is supported unless asked more closely."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_it)
+    assert computes_in_bf16(torch.device("cuda")) is has_it
+
+
+def test_a_cluster_s_workers_are_asked_for_their_precision():
+    """A real cluster with what Ray takes for a GPU: the question goes to a worker that has it; that there is one is no
+    answer. A worker knows by ray.get_gpu_ids() that it is none of the driver.
+    """
+    code = """
+import os, ray
+from tdiff import launch, opening
+from tdiff.errors import ConfigError
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)
+opening.computes_in_bf16 = lambda: len(ray.get_gpu_ids()) == 1
+answers = [opening.resolve_precision("auto", 1)]
+os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+answers += [opening.resolve_precision("auto", 1), opening.resolve_precision("fp32", 1)]
+opening.computes_in_bf16 = lambda: not ray.get_gpu_ids()
+answers += [opening.resolve_precision("auto", 1)]
+try:
+    opening.resolve_precision("bf16", 1)
+except ConfigError as error:
+    answers += [str(error).partition(" ")[0]]
+print(answers)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[False, True, False, False, 'precision=bf16']"
 
 
 def test_ray_may_be_imported_first():

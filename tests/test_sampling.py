@@ -116,9 +116,9 @@ def column(samples: Samples, key: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_same_bytes_in_whatever_order(new: New, mode: str, sampler: str):
-    settings = {"mode": mode, "sampler": sampler, "num": 5, "batch": 6}
+@pytest.mark.parametrize("sampler", [{"sampler": "ddim"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}])
+def test_the_same_bytes_in_whatever_order(new: New, mode: str, sampler: dict[str, Any]):
+    settings = {"mode": mode, **sampler, "num": 5, "batch": 6}
     one, two = new(**settings), new(**settings)
     first = drawn(one)
     torch.manual_seed(99)  # nothing comes from the global generator
@@ -152,6 +152,7 @@ def test_fewer_samples_are_the_first_of_more(new: New, mode: str):
         {"steps": 6},
         *({"sampler": sampler} for sampler in ("ddpm", "dpm-solver++", "unipc", "heun")),
         *({"grid": grid} for grid in ("uniform", "karras")),
+        {"eta": 0.5},
         {"start": "recon"},
         {"guidance": 1.0},
         {"ema": 0.07},

@@ -360,20 +360,36 @@ def heun(predict: Predict, x: Tensor, process: Process, grid: Sequence[Time], cl
     raise AssertionError("a grid has a last time")
 
 
-def run_sampler(
-    sampler: Sampler, predict: Predict, x: Tensor, process: Process, grid: Sequence[Time], noise: Noise
-) -> Tensor:
-    """Any sampler by its name, clipped, DDIM with eta 0: x [B, I, H, H] at grid[0] -> x0 in [-1, 1].
+def check_eta(sampler: Sampler, eta: float) -> None:
+    """Raises ValueError, one sentence, unless 0 <= eta <= 1, and 0 for every sampler but ddim."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta:g} cannot be used: take from 0 to 1")
+    if eta > 0 and sampler != "ddim":
+        raise ValueError(f"eta={eta:g} has no effect with sampler={sampler}: take sampler=ddim, or eta=0")
 
-    noise: asked by ddpm only.
+
+def run_sampler(
+    sampler: Sampler,
+    predict: Predict,
+    x: Tensor,
+    process: Process,
+    grid: Sequence[Time],
+    noise: Noise,
+    eta: float = 0.0,
+) -> Tensor:
+    """Any sampler by its name, clipped: x [B, I, H, H] at grid[0] -> x0 in [-1, 1].
+
+    noise: asked by ddpm, and by ddim where its eta is above 0. Raises ValueError for an eta that `check_eta` refuses.
     """
+    check_eta(sampler, eta)
     if sampler == "ddpm":
         return ddpm(predict, x, process, grid, noise)
+    if sampler == "ddim":
+        return ddim(predict, x, process, grid, eta, noise)
     return _NOISELESS[sampler](predict, x, process, grid)
 
 
 _NOISELESS: dict[Sampler, Callable[[Predict, Tensor, Process, Sequence[Time]], Tensor]] = {
-    "ddim": ddim,
     "dpm-solver++": dpm_solver,
     "unipc": unipc,
     "heun": heun,

@@ -67,8 +67,8 @@ class SampleJob:
     num: root draws (or test images to reconstruct); with all leaves, each gives L images.
     leaf: index of the leaf to force, or None to draw it from the tree. node: id of the node below which leaves are
     drawn; where test images are reconstructed, their own path ends there, and the prior goes on. leaves: how many there
-    are to draw. start: what denoising starts from. guidance: its weight; guidance_interval: noise levels in which it is
-    active. ema: width of the average whose weights draw, None: that of ema.safetensors.
+    are to draw. start: what denoising starts from. eta: of ddim alone, 0 to 1. guidance: its weight; guidance_interval:
+    noise levels in which it is active. ema: width of the average whose weights draw, None: that of ema.safetensors.
     """
 
     url: str
@@ -88,6 +88,7 @@ class SampleJob:
     leaf: int | None = None
     node: int | None = None
     start: Start = "noise"
+    eta: float = 0.0
     guidance: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     ema: float | None = None
@@ -259,7 +260,7 @@ def _denoised(
     untold = process.predictor(partial(network, drop=nobody_told))
     predict = guided(told, untold, job.guidance, process, job.guidance_interval or ALWAYS)
     x = noise if job.start == "noise" else process.q_sample(2 * own - 1, process.times(grid[0], noise), noise)
-    return run_sampler(job.sampler, predict, x, process, grid, noise_from(rng))
+    return run_sampler(job.sampler, predict, x, process, grid, noise_from(rng), job.eta)
 
 
 def shard_samples(url: str, shard: Shard) -> list[dict[str, Any]]:
