@@ -21,6 +21,7 @@ from tdiff.config import Config
 from tdiff.errors import ConfigError
 from tdiff.opening import opened
 from tdiff.runs import PHASE_NAME, Run, existing
+from tdiff.seeds import one_thread
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
@@ -165,7 +166,7 @@ class Driver:
         summary["wall_seconds"] = ended - started
         summary["overhead_seconds"] = ended - started - (last - first)
         if storage.exists(storage.join(url, "routing.safetensors")):
-            with scoring.one_thread():
+            with one_thread():
                 summary |= scoring.progress(load_topology(url), load_decisions(url))
         storage.write_text(summary_url, json.dumps(summary, indent=1) + "\n")
         storage.finish(url)

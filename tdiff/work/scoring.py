@@ -8,14 +8,11 @@ Legend: M images, L leaves, I image channels, H image size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from tdiff.data.decode import Images
 from tdiff.evaluation.classifier import Classifier, class_histograms, confidence, mean_entropy, train_classifier
@@ -34,18 +31,6 @@ KMEANS_VALUES = 50_000_000
 
 WARD_IMAGES = 10_000
 """Images that Ward is fitted to at most: its memory grows with their square (0.8 GB for so many)."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in one order: numbers must not depend on how many cores this machine has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def clustering(
@@ -113,7 +98,7 @@ def sample_quality(splits: dict[str, Images], samples: Samples, leaves: int, see
     model = train_classifier(train.images, train.labels, seed_of("classifier", seed) % 2**31)
     count = min(len(train), len(samples.images))
     reference = _moments(model, train.images[:count])
-    leaf = np.array([int(str(entry["leaf"])) for entry in samples.entries])
+    leaf = samples.leaf
     out: dict[str, Any] = {"samples": len(samples.images), "reference": f"train, {count} images"}
     if test is not None and test.labels is not None and len(test) > 1:
         predicted = _logits(model, test.images).argmax(1).numpy()
