@@ -10,6 +10,7 @@ from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
 from tdiff.runs import existing
+from tdiff.work.jobs import sample_job
 from tdiff.work.judging import KINDS
 from tdiff.work.sampling import MODELS, MODES
 
@@ -60,7 +61,7 @@ def main() -> None:
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     workers = launch.default_workers(arguments.workers)
-    job = results.sample_job(run, name, **settings)
+    job = sample_job(run, name, **settings)
     started = time.monotonic()
 
     def progress(done: int, total: int) -> None:

@@ -21,6 +21,7 @@ from tdiff.errors import ConfigError
 from tdiff.launch import workers_for
 from tdiff.opening import opened
 from tdiff.runs import PHASE_NAME, Run, existing, finish_phase, phase_summary
+from tdiff.seeds import one_thread
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
@@ -154,7 +155,7 @@ class Driver:
         """Marks a phase as complete, noting what its last start took; says so, and mirrors it."""
         summary = phase_summary(url, started)
         if storage.exists(storage.join(url, "routing.safetensors")):
-            with scoring.one_thread():
+            with one_thread():
                 summary |= scoring.progress(load_topology(url), load_decisions(url))
         finish_phase(url, summary)
         told = [] if name == DIFFUSION else [f"{len(load_topology(url).leaves)} leaves"]

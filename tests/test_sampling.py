@@ -357,3 +357,19 @@ def test_a_folder_is_complete_with_its_manifest_and_picture(new: New):
     assert manifest["job"]["seed"] == 0
     assert not any(key.endswith("url") for key in manifest["job"])
     assert Path(job.url, "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_samples_take_the_first_shards_alone(new: New):
+    """The picture shows a hundred samples, whatever their number."""
+    job = new(num=110, batch=50, steps=2)
+    shards = drawn(job)
+    everything, picture = read_samples(job.url), Path(job.url, "grid.png").read_bytes()
+    Path(job.shard_url(2)).unlink()
+    first = read_samples(job.url, most=60)
+    np.testing.assert_array_equal(first.images, everything.images[:60])
+    np.testing.assert_array_equal(first.treevae, everything.treevae[:60])
+    assert first.entries == everything.entries[:60]
+    _complete(job, shards)
+    assert Path(job.url, "grid.png").read_bytes() == picture
+    with pytest.raises(FileNotFoundError):
+        read_samples(job.url, most=101)

@@ -8,7 +8,6 @@ Legend: B images of a task, K those whose features are kept, F features, C class
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -20,14 +19,13 @@ from torch import Tensor
 
 from tdiff import storage
 from tdiff.config import Config
-from tdiff.data.images import decoded
 from tdiff.data.shards import Shard
 from tdiff.data.stream import Reader
 from tdiff.evaluation.frechet import Moments
 from tdiff.evaluation.inception import Inception
 from tdiff.work.classifying import load_classifier
 from tdiff.work.reading import as_images, device, open_split
-from tdiff.work.sampling import SampleJob, draw_shard, shard_samples
+from tdiff.work.sampling import SampleJob, draw_shard, read_shard
 
 ROWS = 50
 """Images that go through an extractor at once."""
@@ -76,9 +74,9 @@ def see_split(
 
 def see_shard(extractor: Extractor, url: str, shard: Shard, member: Member, keep: int) -> Seen:
     """A finished shard of samples. Raises DataError if it is damaged."""
-    found = shard_samples(url, shard)
-    leaves = np.array([int(json.loads(sample["json"])["leaf"]) for sample in found])
-    return _seen(extractor, np.stack([decoded(sample[member]) for sample in found]), keep, leaves)
+    found = read_shard(url, shard)
+    leaves = np.array([int(str(entry["leaf"])) for entry in found.entries])
+    return _seen(extractor, found.images if member == "png" else found.treevae, keep, leaves)
 
 
 def draw_and_see(job: SampleJob, number: int, extractor: Extractor, keep: int) -> tuple[Shard, Seen]:

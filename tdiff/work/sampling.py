@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from tdiff.diffusion.samplers import (
 )
 from tdiff.errors import DataError
 from tdiff.seeds import generator
+from tdiff.tree.encoding import ImageArray, as_floats
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
@@ -110,15 +111,35 @@ class SampleJob:
         return storage.join(self.url, f"shard-{shard:06d}.tar")
 
 
-@lru_cache(maxsize=1)
-def _tree(url: str) -> TreeVAE:
-    """The TreeVAE, loaded once per worker and frozen."""
+@dataclass(frozen=True)
+class Samples:
+    """Samples. images, treevae: uint8 [M, I, H, H]; entries: what their KEY.json says."""
+
+    images: NDArray[np.uint8]
+    treevae: NDArray[np.uint8]
+    entries: list[dict[str, object]]
+
+    @property
+    def leaf(self) -> NDArray[np.int64]:
+        """[M] index of every sample's leaf."""
+        return np.array([int(str(entry["leaf"])) for entry in self.entries], np.int64)
+
+
+def _in_order(parts: Sequence[Samples]) -> Samples:
+    """All samples by their index."""
+    entries = [entry for part in parts for entry in part.entries]
+    order = sorted(range(len(entries)), key=lambda k: int(str(entries[k]["index"])))
+    images, treevae = (np.concatenate(arrays) for arrays in zip(*((p.images, p.treevae) for p in parts), strict=True))
+    return Samples(images[order], treevae[order], [entries[k] for k in order])
+
+
+def open_tree(url: str) -> TreeVAE:
+    """The TreeVAE of a phase's folder, frozen, where this process computes."""
     return load_tree(url).eval().requires_grad_(False).to(device())
 
 
-@lru_cache(maxsize=1)
-def _denoiser(diffusion_url: str, ema: float | None) -> Denoiser:
-    """The denoiser, loaded once per worker and frozen."""
+def open_denoiser(diffusion_url: str, ema: float | None) -> Denoiser:
+    """The denoiser with the average's weights of a width (None: those of ema.safetensors), frozen, there too."""
     spec = load_spec(diffusion_url)
     denoiser = Denoiser(spec)
     if ema is None:
@@ -126,6 +147,11 @@ def _denoiser(diffusion_url: str, ema: float | None) -> Denoiser:
     else:
         denoiser.load_state_dict(rebuild(diffusion_url, ema))
     return denoiser.eval().requires_grad_(False).to(device())
+
+
+# Loaded once per worker.
+_tree = lru_cache(maxsize=1)(open_tree)
+_denoiser = lru_cache(maxsize=1)(open_denoiser)
 
 
 def load_spec(diffusion_url: str) -> DenoiserSpec:
@@ -150,11 +176,11 @@ def draw_shard(job: SampleJob, shard: int) -> Shard:
 
 
 def _tar(job: SampleJob, shard: int) -> bytes:
-    with torch.no_grad():
-        entries, images, plain = _drawn(job, shard)
+    denoiser = _denoiser(job.diffusion_url, job.ema) if job.model == "treediffusion" else None
+    found = _drawn(job, shard, _tree(job.tree_url), denoiser)
     buffer = io.BytesIO()
     with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
-        for entry, image, own in zip(entries, images, plain, strict=True):
+        for entry, image, own in zip(found.entries, found.images, found.treevae, strict=True):
             writer.write(
                 {
                     "__key__": f"{entry['index']:09d}",
@@ -166,18 +192,25 @@ def _tar(job: SampleJob, shard: int) -> bytes:
     return buffer.getvalue()
 
 
-def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Entries, samples and TreeVAE images (uint8 [B, I, H, H] each) of one shard."""
-    tree = _tree(job.tree_url)
-    denoiser = _denoiser(job.diffusion_url, job.ema) if job.model == "treediffusion" else None
+def draw_here(job: SampleJob, tree: TreeVAE, denoiser: Denoiser | None, given: ImageArray | None = None) -> Samples:
+    """All samples of a job, drawn shard by shard in this process; nothing is written.
+
+    denoiser: None where the job's model is treevae. given: [M, I, H, H], what is reconstructed instead of test images.
+    """
+    return _in_order([_drawn(job, shard, tree, denoiser, given) for shard in range(job.shards)])
+
+
+@torch.no_grad()
+def _drawn(
+    job: SampleJob, shard: int, tree: TreeVAE, denoiser: Denoiser | None, given: ImageArray | None = None
+) -> Samples:
+    """The samples of one shard, in the order of their file."""
     here = device()
     rng = generator("sample", job.seed, shard, device=here)
     first = shard * job.draws_per_shard
     visits: Mapping[int, Visit]
     if job.mode.startswith("reconstruct"):
-        test = _test_images(job.data_url, job.max_bad_samples)
-        rows = np.arange(first, first + job.draws_per_shard) % len(test)  # the surplus is cut off below
-        visits = tree.walk(as_images(test.gather(rows)).to(here), rng)
+        visits = tree.walk(_to_reconstruct(job, first, given).to(here), rng)
     else:
         visits = tree.descend(job.draws_per_shard, rng)
     if job.node is not None:
@@ -202,7 +235,18 @@ def _drawn(job: SampleJob, shard: int) -> tuple[list[dict[str, object]], NDArray
             samples.append(_pixels((_denoised(job, denoiser, noise, path, own, rng) + 1) / 2)[:kept])
         draws = range(first, first + kept)
         entries += [_entry(job, tree, path, draw, row, draw * len(each) + place) for row, draw in enumerate(draws)]
-    return entries, np.concatenate(samples), np.concatenate(plain)
+    return Samples(np.concatenate(samples), np.concatenate(plain), entries)
+
+
+def _to_reconstruct(job: SampleJob, first: int, given: ImageArray | None) -> Tensor:
+    """A shard's images [B, I, H, H] from the one numbered `first`, of the test images if none are given."""
+    test = _test_images(job.data_url, job.max_bad_samples) if given is None else None
+    count = job.num if test is None else len(test)
+    rows = np.arange(first, first + job.draws_per_shard) % count  # the surplus is cut off
+    if test is not None:
+        return as_images(test.gather(rows))
+    assert given is not None
+    return as_floats(given[rows])
 
 
 def _entry(job: SampleJob, tree: TreeVAE, path: Path, draw: int, row: int, index: int) -> dict[str, object]:
@@ -263,38 +307,35 @@ def _denoised(
     return run_sampler(job.sampler, predict, x, process, grid, noise_from(rng), job.eta)
 
 
-def shard_samples(url: str, shard: Shard) -> list[dict[str, Any]]:
-    """The members of every sample of a shard, undecoded. Raises DataError if the shard is damaged."""
-    content = storage.read_bytes(storage.join(url, shard.name))
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{url}: {shard.name} is damaged: delete the folder and draw it again")
-    found = samples_of(content, f"{url}: {shard.name}")
-    if len(found) != shard.samples:
-        raise DataError(f"{url}: {shard.name} holds {len(found)} samples, not {shard.samples}: delete the folder")
-    return found
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples read back. images, treevae: uint8 [M, I, H, H]; entries: what their KEY.json says."""
-
-    images: NDArray[np.uint8]
-    treevae: NDArray[np.uint8]
-    entries: list[dict[str, object]]
-
-
 def read_samples(url: str, most: int | None = None) -> Samples:
-    """The samples of a finished folder in order of index, or the first of them. Raises DataError if it is damaged."""
-    found: list[tuple[dict[str, object], NDArray[np.uint8], NDArray[np.uint8]]] = []
-    for entry in storage.read_json(storage.join(url, "manifest.json"))["shards"]:
-        if most is not None and len(found) >= most:
+    """The samples of a finished folder, in order of index: all, or the first `most` of them, for which no more shards
+    are read than they take. Raises DataError if it is damaged.
+    """
+    manifest = storage.read_json(storage.join(url, "manifest.json"))
+    promised = sum(shard["samples"] for shard in manifest["shards"])
+    if promised != manifest["samples"]:
+        raise DataError(f"{url} has shards of {promised} samples and a manifest of {manifest['samples']}: delete it")
+    wanted = promised if most is None else min(most, promised)
+    parts, count = list[Samples](), 0
+    for shard in manifest["shards"]:  # a shard's indices come before those of the next
+        if count >= wanted:
             break
-        for sample in shard_samples(url, Shard(**entry)):
-            found.append((json.loads(sample["json"]), decoded(sample["png"]), decoded(sample["treevae.png"])))
-    found.sort(key=lambda item: int(str(item[0]["index"])))
-    found = found[:most]
+        parts.append(read_shard(url, Shard(**shard)))
+        count += shard["samples"]
+    found = _in_order(parts)
+    return Samples(found.images[:wanted], found.treevae[:wanted], found.entries[:wanted])
+
+
+def read_shard(url: str, shard: Shard) -> Samples:
+    """The samples of a shard in the folder `url`, in their order. Raises DataError if it is damaged."""
+    content, where = storage.read_bytes(storage.join(url, shard.name)), f"{url}: {shard.name}"
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(f"{where} is damaged: delete the folder and draw it again")
+    samples = samples_of(content, where)
+    if len(samples) != shard.samples:
+        raise DataError(f"{where} holds {len(samples)} samples, its manifest says {shard.samples}: delete the folder")
     return Samples(
-        np.stack([image for _, image, _ in found]),
-        np.stack([own for _, _, own in found]),
-        [entry for entry, _, _ in found],
+        np.stack([decoded(sample["png"]) for sample in samples]),
+        np.stack([decoded(sample["treevae.png"]) for sample in samples]),
+        [json.loads(sample["json"]) for sample in samples],
     )

@@ -5,13 +5,10 @@ Legend: M images, I image channels, H image size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
 from tdiff.evaluation.controls import kmeans, ward
@@ -28,18 +25,6 @@ KMEANS_VALUES = 50_000_000
 
 WARD_IMAGES = 10_000
 """Images that Ward is fitted to at most: its memory grows with their square (0.8 GB for so many)."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in one order: numbers must not depend on how many cores this machine has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def clustering(
