@@ -176,6 +176,9 @@ class Evaluation(Section):
     reference: Literal["train", "test"] = Field("train", description="real images that samples are held against")
     reference_images: int | None = Field(None, ge=4, description="how many of them; default: all")
     neighbour_images: int = Field(10_000, ge=4, description="images on each side at most for precision and recall")
+    nearest_images: int = Field(
+        200, ge=0, description="draws whose nearest training image is looked for: are they learnt by heart?"
+    )
     resamples: int = Field(200, ge=0, description="bootstrap resamples for the error of a Fréchet distance; 0: none")
     classifier: Classifier = Classifier()
 

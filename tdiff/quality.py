@@ -28,11 +28,15 @@ from tdiff.evaluation.precision import NEIGHBOURS, precision_recall
 from tdiff.judging import Say, extractor_facts, extractor_of, shared
 from tdiff.runs import Run
 from tdiff.seeds import permutation, seed_of
-from tdiff.work.judging import Extractor, Member, Seen, see_shard, see_split
-from tdiff.work.sampling import SampleJob
+from tdiff.work.judging import Extractor, Member, Seen, nearest_of, see_shard, see_split
+from tdiff.work.reading import open_split
+from tdiff.work.sampling import SampleJob, read_samples
 
 BLOCK = 500
 """Real images that a task looks at."""
+
+NEAREST_BLOCK = 5000
+"""Training images that a task looks through for the nearest."""
 
 MOST_RESAMPLED = 512
 """Features up to which a bootstrap is affordable: its eigendecompositions grow with their cube."""
@@ -251,6 +255,35 @@ def _judged(run: Run, extractor: Extractor, jobs: Mapping[str, SampleJob], worke
         seen_other = real(run, extractor, *other, workers)
         found["real"] = {"split": other[0], "images": seen_other.moments.n}
         found["real"] |= distances(config, extractor, [seen_other], reference, "gen")
+    return found
+
+
+def nearest(run: Run, job: SampleJob, workers: int) -> Numbers:
+    """How far a job's first samples lie from the training images, beside held-out images: has anything been learnt by
+    heart? {} where nothing is asked for.
+
+    samples, held_out: median and least Euclidean distance over pixels in [0, 1]; ids: the nearest training image of
+    each sample.
+    """
+    config, data_url, manifest = run.config(), run.record()["data_url"], run.manifest()
+    most = config.evaluation.nearest_images
+    if not most:
+        return {}
+    queries = {"samples": read_samples(job.url, most).images}
+    if "test" in manifest.splits:
+        ids = permutation(manifest.samples("test"), "nearest")[: len(queries["samples"])]
+        queries["held_out"] = open_split(config, data_url, "test").gather(ids)
+    every = np.concatenate(list(queries.values()))
+    places = np.arange(manifest.samples("train"))
+    tasks = [(config, data_url, places[k : k + NEAREST_BLOCK], every) for k in range(0, len(places), NEAREST_BLOCK)]
+    best, least = np.zeros(len(every), np.int64), np.full(len(every), np.inf)
+    for _, (ids, distance) in sorted(launch.map_on_actors(nearest_of, tasks, workers, use_gpu=False)):
+        closer = distance < least
+        best[closer], least[closer] = ids[closer], distance[closer]
+    ends = np.cumsum([len(images) for images in queries.values()])
+    found: Numbers = {"images": len(queries["samples"]), "ids": best[: ends[0]].tolist()}
+    for name, distances in zip(queries, np.split(least, ends[:-1]), strict=True):
+        found[name] = {"median": float(np.median(distances)), "least": float(distances.min())}
     return found
 
 

@@ -196,6 +196,7 @@ def evaluate(run: Run, workers: int) -> Settings:
         "clustering": clusters,
         "likelihood": bounds,
         "samples": quality.measure(run, jobs, workers) if jobs else {},
+        "nearest": quality.nearest(run, jobs["prior"], workers) if jobs else {},
         "seconds": seconds(run),
     }
     storage.write_text(run.at("evaluation.json"), json.dumps(result, indent=1) + "\n")
@@ -316,6 +317,7 @@ def contents(run: Run) -> Contents:
         class_names=class_names,
         draws=showing.root_draws(samples["root-draws"]) if "root-draws" in samples else (),
         samples=showing.side_by_side(shown.images, samples["prior"]) if "prior" in samples else (),
+        nearest=_nearest_pictures(run, numbers, samples),
         elbo_of="held-out" if "test" in manifest.splits else "training",
         tables=[_seconds_table(seconds(run))] if numbers is None else table(numbers),
         charts=showing.charts(tree_metrics, read_metrics(run.at("diffusion", "metrics")) if diffused else []),
@@ -343,6 +345,15 @@ def _shown_samples(jobs: dict[str, SampleJob]) -> dict[str, Samples]:
 def _pictured(run: Run, topology: Topology, left: NDArray[np.float32]) -> Pictured:
     run.manifest()  # the data is still what the run was made from
     return pictured(topology, left, open_split(run.config(), run.record()["data_url"], "train").gather)
+
+
+def _nearest_pictures(run: Run, numbers: Settings | None, samples: dict[str, Samples]) -> list[tuple[str, Any]]:
+    """The first samples, and the training image nearest to each."""
+    ids = (numbers or {}).get("nearest", {}).get("ids", [])[: drawing.SIDE_BY_SIDE]
+    if not ids or "prior" not in samples:
+        return []
+    train = open_split(run.config(), run.record()["data_url"], "train")
+    return [("TreeDiffusion", samples["prior"].images[: len(ids)]), ("Nearest", train.gather(np.array(ids)))]
 
 
 def _facts(run: Run, manifest: Manifest, topology: Topology) -> list[tuple[str, str]]:
@@ -440,6 +451,8 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     if bounds := numbers.get("likelihood"):
         tables.append(_likelihood_table(bounds))
     tables += _sample_tables(numbers["samples"])
+    if near := numbers.get("nearest"):
+        tables.append(_nearest_table(near))
     tables.append(_seconds_table(numbers["seconds"]))
     return tables
 
@@ -488,6 +501,17 @@ def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
         ]
         tables.append((title, [("samples", *(title for _, title in columns)), *rows]))
     return tables
+
+
+def _nearest_table(near: Settings) -> tuple[str, list[tuple[str, ...]]]:
+    kinds = {"samples": "TreeDiffusion", "held_out": "real held-out images, for scale"}
+    rows = [
+        (shown, *(f"{near[kind][key]:.3f}" for key in ("median", "least")))
+        for kind, shown in kinds.items()
+        if kind in near
+    ]
+    title = f"distance of {near['images']} images to their nearest training image, over pixels from 0 to 1"
+    return title, [("images", "median", "least"), *rows]
 
 
 def _with_error(numbers: Settings, key: str) -> str:

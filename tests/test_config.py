@@ -107,6 +107,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "evaluation.reference": ("test", False),
     "evaluation.reference_images": (100, False),
     "evaluation.neighbour_images": (100, False),
+    "evaluation.nearest_images": (0, False),
     "evaluation.resamples": (0, False),
     "evaluation.classifier.network": ("resnet50", False),
     "evaluation.classifier.images": (1000, False),

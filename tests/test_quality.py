@@ -290,3 +290,22 @@ def test_fid_is_torch_fidelitys_on_two_folders_of_256_images(tmp_path: Path) -> 
     )["frechet_inception_distance"]
     assert found["fid_gen"] == pytest.approx(theirs, rel=1e-3)
     assert found["images"] == found["reference"]["images"] == 256
+
+
+# --- nearest training images -------------------------------------------------------------------------
+
+
+def test_what_is_learnt_by_heart_is_found(tmp_path: Path, data: DataSet) -> None:
+    copied = data.images[[700, 3, 1199]]
+    drawn = np.concatenate([copied, noise(5, 9)])
+    job = samples(tmp_path / "samples", drawn, np.zeros(8), shard_size=5)
+    run = made_run(tmp_path, data, nearest_images=6)
+    found = [quality.nearest(run, job, workers) for workers in (1, 2)]
+    assert found[0] == found[1]
+    assert found[0]["images"] == 6
+    assert found[0]["ids"][:3] == [700, 3, 1199]
+    assert found[0]["samples"]["least"] == 0
+    others = np.sqrt((((data.images - drawn[4]) / 255.0) ** 2).sum((1, 2, 3)))
+    assert found[0]["ids"][4] == others.argmin()
+    assert "held_out" not in found[0]  # there is no such split
+    assert quality.nearest(made_run(tmp_path / "none", data, nearest_images=0), job, 1) == {}

@@ -77,6 +77,7 @@ class Contents:
 
     facts, origin: (name, value) of what the run found, and of what made it; nodes: by node id.
     samples: (title, images) to stand side by side, image k of each made from the same latents, but for the real ones.
+    nearest: (title, images) of samples, and of the training images nearest to them.
     elbo_of: what the nodes' ELBO is the mean over, 'held-out' or 'training' images.
     missing: sentences that name what the run lacks, and the command that makes it.
     """
@@ -91,6 +92,7 @@ class Contents:
     class_names: Sequence[str] = ()
     draws: Sequence[RootDraw] = ()
     samples: Sequence[tuple[str, Pixels]] = ()
+    nearest: Sequence[tuple[str, Pixels]] = ()
     elbo_of: str = "held-out"
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
 
 from tdiff.figures import diagram, markup
-from tdiff.figures.contents import Contents, NodeContents, RootDraw
+from tdiff.figures.contents import Contents, NodeContents, Pixels, RootDraw
 from tdiff.figures.markup import facts, share, strip, text
 from tdiff.figures.sheets import sheet
 
@@ -29,6 +30,7 @@ def page(found: Contents) -> str:
         ("walk", "One root draw through every leaf", _walk(found)),
         ("leaves", "New images, leaf by leaf", _leaves(found)),
         ("samples", "Samples side by side", _samples(found)),
+        ("nearest", "Nearest training images", _nearest(found)),
         ("numbers", "Numbers", markup.tables(found.tables)),
         ("training", "Training", "".join(markup.chart(chart) for chart in found.charts)),
         ("config", "Config", _config(found)),
@@ -224,15 +226,28 @@ def _leaves(found: Contents) -> str:
 def _samples(found: Contents) -> str:
     if not found.samples:
         return ""
-    blocks = "".join(
-        f"<div><h3>{text(title)}</h3>{markup.picture(sheet(images, 10), f'{len(images)} images: {title}')}</div>"
-        for title, images in found.samples
-        if len(images)
-    )
     return (
         '<p class="note">Real images, and samples from the prior. TreeVAE and TreeDiffusion have the same latents, '
-        f'image by image.</p><div class="blocks">{blocks}</div>'
+        f"image by image.</p>{_blocks(found.samples)}"
     )
+
+
+def _nearest(found: Contents) -> str:
+    if not found.nearest:
+        return ""
+    return (
+        '<p class="note">Samples, and the training image nearest to each by its pixels: what is learnt by heart would '
+        f"look the same on both sides.</p>{_blocks(found.nearest)}"
+    )
+
+
+def _blocks(blocks: Sequence[tuple[str, Pixels]]) -> str:
+    shown = "".join(
+        f"<div><h3>{text(title)}</h3>{markup.picture(sheet(images, 10), f'{len(images)} images: {title}')}</div>"
+        for title, images in blocks
+        if len(images)
+    )
+    return f'<div class="blocks">{shown}</div>'
 
 
 def _config(found: Contents) -> str:

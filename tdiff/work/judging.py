@@ -21,6 +21,7 @@ from tdiff import storage
 from tdiff.config import Config
 from tdiff.data.shards import Shard
 from tdiff.data.stream import Reader
+from tdiff.evaluation.controls import nearest_training_images
 from tdiff.evaluation.frechet import Moments
 from tdiff.evaluation.inception import Inception
 from tdiff.work.classifying import load_classifier
@@ -83,6 +84,16 @@ def draw_and_see(job: SampleJob, number: int, extractor: Extractor, keep: int) -
     """Draws a shard, and looks at it as it was written."""
     shard = draw_shard(job, number)
     return shard, see_shard(extractor, job.url, shard, "png", keep)
+
+
+def nearest_of(
+    config: Config, data_url: str, ids: NDArray[np.int64], queries: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For each of the queries [K, I, H, H] the nearest among the training images `ids`: its id and its Euclidean
+    distance over pixels in [0, 1], [K] each.
+    """
+    found, distance = nearest_training_images(queries / 255, _reader(config, data_url, "train").gather(ids) / 255)
+    return ids[found], distance
 
 
 @lru_cache(maxsize=2)
