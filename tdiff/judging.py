@@ -128,14 +128,15 @@ def _inception_file(given: str | None) -> tuple[str, bytes]:
             return named, storage.read_bytes(given)
         except OSError as error:
             raise ConfigError(f"{named} cannot be read ({error}): name a file of InceptionV3's weights.") from error
-    file = Path(torch.hub.get_dir(), "checkpoints", inception.URL.rpartition("/")[2])
+    source = inception.weights_source()
+    file = Path(torch.hub.get_dir(), "checkpoints", source.rpartition("/")[2])
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(inception.URL, str(file), progress=False)
+            torch.hub.download_url_to_file(source, str(file), progress=False)
         except (urllib.error.URLError, OSError) as error:
             raise ConfigError(
-                f"FID needs InceptionV3's weights, and {inception.URL} cannot be downloaded ({error}): set "
+                f"FID needs InceptionV3's weights, and {source} cannot be downloaded ({error}): set "
                 "evaluation.inception=FILE, or take evaluation.features=[classifier]."
             ) from error
     return str(file), file.read_bytes()

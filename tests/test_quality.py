@@ -256,7 +256,7 @@ def test_weights_that_cannot_be_had(tmp_path: Path, data: DataSet, monkeypatch: 
     (tmp_path / "page.pth").write_bytes(b"<html>")
     with pytest.raises(ConfigError, match=r"page.pth cannot be used: it is no file of tensors"):
         judging.inception_extractor(made_run(tmp_path, data, inception=str(tmp_path / "page.pth")))
-    monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/weights.pth")
+    monkeypatch.setattr(inception, "weights_source", lambda: "http://127.0.0.1:9/weights.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ConfigError, match=r"cannot be downloaded.*evaluation.inception=FILE"):
         judging.inception_extractor(made_run(tmp_path, data))

@@ -13,11 +13,16 @@ from tempfile import NamedTemporaryFile
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 FEATURES = 2048
-URL = URL_INCEPTION_V3
-"""Where torch-fidelity has its weights from."""
+
+
+def weights_source() -> str:
+    """Where torch-fidelity downloads the weights from."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    source: str = URL_INCEPTION_V3
+    return source
 
 
 def read_weights(content: bytes) -> dict[str, Tensor]:
@@ -41,6 +46,8 @@ class Inception(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor]):
         """Raises ValueError if the weights are not InceptionV3's."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # a second of imports
+
         super().__init__()
         # torch-fidelity unpickles whatever its file holds, so it gets one that was written here.
         with NamedTemporaryFile(suffix=".pth") as file:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 NEIGHBOURS = 3
 """The ball round an image reaches to its third neighbour, as in the paper and torch-fidelity."""
@@ -28,6 +27,8 @@ class PrecisionRecall(NamedTuple):
 
 def precision_recall(generated: NDArray[np.floating], real: NDArray[np.floating]) -> PrecisionRecall:
     """Of features [M, F] and [N, F]. Raises ValueError if there are no more images than neighbours on a side."""
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric  # slow to import
+
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= NEIGHBOURS:
             raise ValueError(f"precision and recall need more than {NEIGHBOURS} {name} images, not {len(features)}")

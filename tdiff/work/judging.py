@@ -21,9 +21,9 @@ from tdiff import storage
 from tdiff.config import Config
 from tdiff.data.shards import Shard
 from tdiff.data.stream import Reader
-from tdiff.evaluation.controls import nearest_training_images
 from tdiff.evaluation.frechet import Moments
 from tdiff.evaluation.inception import Inception
+from tdiff.evaluation.nearest import nearest_training_images
 from tdiff.work.classifying import load_classifier
 from tdiff.work.reading import as_images, device, open_split
 from tdiff.work.sampling import SampleJob, draw_shard, read_shard
