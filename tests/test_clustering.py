@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdiff.evaluation import clustering, controls
+from tdiff.evaluation.nearest import nearest_training_images
 from tdiff.tree.topology import Topology
 
 
@@ -133,7 +134,7 @@ def test_nearest_training_image_by_brute_force_and_zero_for_a_copy() -> None:
     rng = np.random.default_rng(3)
     train, samples = rng.uniform(size=(50, 1, 4, 4)), rng.uniform(size=(9, 1, 4, 4))
     samples[4] = train[31]
-    index, distance = controls.nearest_training_images(samples, train, block=7)
+    index, distance = nearest_training_images(samples, train, block=7)
     table = np.linalg.norm(samples.reshape(9, 1, 16) - train.reshape(1, 50, 16), axis=2)
     assert (index == table.argmin(1)).all()
     assert distance == pytest.approx(table.min(1))

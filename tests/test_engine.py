@@ -1,6 +1,6 @@
 """Protects the training loop: what a run computes depends on neither the back-end, the workers, ZeRO, nor kills.
 
-Promises 2 and 3 of DESIGN.md, on the real tasks of the product (root, split, diffusion) over real digits:
+Promises 2 and 3 of DESIGN.md, on the real tasks of the product (root, split, diffusion, classifier) over real digits:
 
     golden       losses of the plain back-end are those recorded in tests/golden (after a change that is MEANT to
                  move them: TDIFF_RECORD_GOLDEN=1 pytest tests/test_engine.py -k golden, and say why in the commit)
