@@ -192,7 +192,7 @@ class Driver:
             results.report(self.run)
             storage.finish(self.run.at("report"))
             self.say(f"{'report':<14} {time.time() - started:6.1f} s")
-        self.mirror.result(dict(_numbers(done)), results.pictures(self.run))
+        self.mirror.result(dict(_numbers(done)), results.shown(self.run), results.tree_files(self.run))
         return done
 
 

@@ -270,10 +270,16 @@ def figures(run: Run) -> None:
         storage.write_bytes(run.at("figures", name), save(figure))
 
 
-def pictures(run: Run) -> dict[str, bytes]:
-    """The pictures that `figures` has drawn, in the order in which they are looked at."""
+def shown(run: Run) -> dict[str, bytes]:
+    """The pictures and the report of a finished run, by their path in it."""
     there = storage.listing(run.at("figures"))
-    return {name: storage.read_bytes(run.at("figures", name)) for name in drawing.FIGURES if name in there}
+    names = [f"figures/{name}" for name in drawing.FIGURES if name in there]
+    return {name: storage.read_bytes(run.at(name)) for name in [*names, "report/index.html"]}
+
+
+def tree_files(run: Run) -> dict[str, bytes]:
+    """The finished tree, whole: tree.json and model.safetensors."""
+    return {name: storage.read_bytes(storage.join(run.grown_tree, name)) for name in ("tree.json", "model.safetensors")}
 
 
 def report(run: Run) -> str:

@@ -13,10 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tdiff import storage
+from tdiff.tree.model import TreeVAE
 
 
 class MetricParts:
@@ -55,7 +59,7 @@ def read_metrics(url: str) -> list[dict[str, Any]]:
 
 
 class Mirror:
-    """Copies a run's metrics, settings and pictures to MLflow: one parent run, a child per phase.
+    """Copies a run's metrics, settings, pictures, report and tree to MLflow: one parent run, a child per phase.
 
     Works in a thread of its own beside training. Idempotent: what MLflow holds already is not logged again, so a
     resumed run goes on in the same MLflow runs without duplicate steps. An outage costs a warning and a delay.
@@ -77,9 +81,12 @@ class Mirror:
         """A phase's metrics, into a child run of that name."""
         self._later(self._phase, name, lines, totals)
 
-    def result(self, metrics: dict[str, float], pictures: dict[str, bytes]) -> None:
-        """The finished run's numbers and pictures, into the parent run."""
-        self._later(self._result, metrics, pictures)
+    def result(self, metrics: dict[str, float], files: dict[str, bytes], tree: dict[str, bytes]) -> None:
+        """The finished run's numbers and files (by their path), into the parent run, and its tree as a model.
+
+        tree: contents of tree.json and model.safetensors.
+        """
+        self._later(self._result, metrics, files, tree)
 
     def close(self) -> str | None:
         """Waits until all is copied; the sentence to show if something could not be."""
@@ -163,7 +170,7 @@ class Mirror:
         self._client.log_batch(child, metrics=batch)
         self._client.set_terminated(child, "FINISHED")
 
-    def _result(self, metrics: dict[str, float], pictures: dict[str, bytes]) -> None:
+    def _result(self, metrics: dict[str, float], files: dict[str, bytes], tree: dict[str, bytes]) -> None:
         if self._client.get_run(self._parent).info.status == "FINISHED":
             return
         from mlflow.entities import Metric
@@ -171,8 +178,71 @@ class Mirror:
         now = int(time.time() * 1000)
         self._client.log_batch(self._parent, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in pictures.items():
-                file = Path(folder) / name
-                file.write_bytes(content)
-                self._client.log_artifact(self._parent, str(file), "figures")
+            _write(Path(folder), files)
+            self._client.log_artifacts(self._parent, folder)
+        self._model(tree)
         self._client.set_terminated(self._parent, "FINISHED")
+
+    def _model(self, tree: dict[str, bytes]) -> None:
+        """Logs the run's tree as a model, images -> clusters (`tdiff.served`), unless an earlier start has.
+
+        As `mlflow.pyfunc.log_model(name="tree", …)` does it, which however asks for this process's one tracking URI.
+        """
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.models import Model
+
+        for model in self._client.search_logged_models([self._experiment_id], f"source_run_id = '{self._parent}'"):
+            if model.status == LoggedModelStatus.READY:
+                return
+            self._client.delete_logged_model(model.model_id)  # cut short
+        model = self._client.create_logged_model(self._experiment_id, "tree", self._parent)
+        described = Model(model.artifact_location, self._parent, model_uuid=model.model_id, model_id=model.model_id)
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder), tree)
+            save_model(Path(folder, "model"), Path(folder), mlflow_model=described)
+            self._client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
+        self._client.log_outputs(self._parent, [LoggedModelOutput(model.model_id, step=0)])
+        self._client.finalize_logged_model(model.model_id, "READY")
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def save_model(folder: Path, tree: Path, **options: Any) -> None:
+    """Writes an MLflow model, images -> clusters, into a new folder, from tree.json and model.safetensors in `tree`.
+
+    It holds this package's code, and no pickle.
+    """
+    # Else bars of every copied file would go over the command's own lines.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    model = TreeVAE.from_json((tree / "tree.json").read_text())
+    leaves, longest = len(model.topology.leaves), model.topology.depth + 1
+    image = (model.spec.channels, model.spec.image_size, model.spec.image_size)
+    outputs = {"reach": ("float64", (-1, leaves)), "leaf": ("int64", (-1,)), "path": ("int64", (-1, longest))}
+    package = Path(__file__).parent
+    mlflow.pyfunc.save_model(
+        folder,
+        python_model=str(package / "served.py"),
+        artifacts={"tree": str(tree / "tree.json"), "weights": str(tree / "model.safetensors")},
+        code_paths=[str(package)],
+        pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "safetensors", "torch")],
+        signature=ModelSignature(
+            Schema([TensorSpec(np.dtype("float32"), (-1, *image))]),
+            Schema([TensorSpec(np.dtype(kind), shape, name) for name, (kind, shape) in outputs.items()]),
+        ),
+        input_example=np.full((1, *image), 0.5, np.float32),
+        **options,
+    )
+
+
+def _public_version(name: str) -> str:
+    """What package indexes know: without a local label such as +cpu."""
+    return metadata.version(name).partition("+")[0]

@@ -16,13 +16,16 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow.pyfunc
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
+import tdiff
 from tdiff.data.shards import read_manifest
+from tdiff.data.stream import read_split
 from tdiff.runs import Run
 from tdiff.work.growing import load_topology, load_tree
 from tdiff.work.sampling import read_samples
@@ -164,6 +167,24 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     assert {"learning_rate", "grad_norm", "images"} <= set(children["diffusion"].data.metrics)
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "figures")}
     assert "figures/tree.png" in pictures
+    (page,) = client.list_artifacts(parent.info.run_id, "report")
+    assert page.path == "report/index.html"
+    assert page.file_size == Path(tiny(straight).at("report", "index.html")).stat().st_size
+
+
+def test_mlflow_serves_the_clusters(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which loading a model adds
+    client = MlflowClient(f"sqlite:///{straight}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    served = mlflow.pyfunc.load_model(model.artifact_location)
+    run = tdiff.load(tiny(straight).url)
+    url = tiny(straight).record()["data_url"]
+    test = read_split(url, read_manifest(url), "test").images
+    found, expected = served.predict(test.astype(np.float32) / 255), run.encode(test)
+    for name in ("reach", "leaf", "path"):
+        np.testing.assert_array_equal(found[name], getattr(expected, name))
 
 
 def test_a_finished_run_is_a_no_op(straight: Path) -> None:

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import math
 import socket
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from tdiff import storage
 from tdiff.tracking import MetricParts, Mirror, part_name, read_metrics
+from tdiff.tree.encoding import encode
+from tdiff.tree.model import TreeSpec, TreeVAE
+from tdiff.tree.topology import Topology
 
 
 def line(step: int, **values: float) -> dict[str, Any]:
@@ -100,6 +109,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return f"sqlite:///{folder}/mlflow.db", f"file://{folder}/artifacts"
 
 
+def tree_files() -> dict[str, bytes]:
+    """tree.json and model.safetensors of a random tree of three leaves."""
+    torch.manual_seed(3)
+    topology = Topology.root_with_two_leaves("00-root").split(1, "01-split-1")
+    tree = TreeVAE(TreeSpec(1, 8, features=3, latent_channels=2, feature_channels=8), topology)
+    return {"tree.json": tree.to_json().encode(), "model.safetensors": save_tensors(tree.state_dict())}
+
+
 class Copy:
     """One run in one experiment of the store, mirrored as often as asked."""
 
@@ -117,7 +134,8 @@ class Copy:
         for name, lines in phases.items():
             mirror.phase(name, lines, {"seconds": 1.5})
         if result is not None:
-            mirror.result(result, {"tree.png": b"\x89PNG"})
+            files = {"figures/tree.png": b"\x89PNG", "report/index.html": b"<!doctype html>"}
+            mirror.result(result, files, tree_files())
         return mirror.close()
 
     def runs(self) -> dict[str, Any]:
@@ -126,6 +144,11 @@ class Copy:
         found = self.client.search_runs([experiment.experiment_id])
         assert len({run.data.tags["tdiff.phase"] for run in found}) == len(found)
         return {run.data.tags["tdiff.phase"]: run for run in found}
+
+    def models(self) -> list[Any]:
+        """All models of the experiment."""
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        return list(self.client.search_logged_models([experiment.experiment_id]))
 
     def history(self, phase: str, key: str = "loss") -> list[tuple[int, float]]:
         found = self.client.get_metric_history(self.runs()[phase].info.run_id, key)
@@ -161,9 +184,9 @@ def test_a_run_becomes_a_parent_with_a_child_per_phase(copy: Copy):
     assert copy.history("00-root", "images") == [(1, 10), (2, 20), (3, 30)]
     assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
     artifacts = {artifact.path for artifact in copy.client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"config.yaml", "figures"}
-    pictures = copy.client.list_artifacts(parent.info.run_id, "figures")
-    assert [artifact.path for artifact in pictures] == ["figures/tree.png"]
+    assert artifacts == {"config.yaml", "figures", "report"}
+    for folder, file in (("figures", "figures/tree.png"), ("report", "report/index.html")):
+        assert [artifact.path for artifact in copy.client.list_artifacts(parent.info.run_id, folder)] == [file]
 
 
 def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
@@ -179,6 +202,7 @@ def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
     assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
     assert copy.history("00-root", "seconds") == [(0, 1.5)]
     assert copy.history("all", "acc") == [(0, 0.5)]
+    assert len(copy.models()) == 1
 
 
 def test_a_phase_that_was_copied_in_part_is_completed(copy: Copy):
@@ -199,6 +223,60 @@ def test_a_parent_that_was_copied_in_part_is_completed(copy: Copy):
     assert parent.data.params == {"seed": "0", "tree.batch": "128"}
     assert [artifact.path for artifact in copy.client.list_artifacts(parent.info.run_id)] == ["config.yaml"]
     assert copy.again({}) is None  # and once more
+
+
+def test_the_tree_becomes_a_model_that_needs_no_trust(copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert copy.again({}, {"acc": 0.5}) is None
+    assert list(tmp_path.iterdir()) == []  # no store of MLflow's default
+    (model,) = copy.models()
+    assert (model.name, model.status, model.source_run_id) == ("tree", "READY", copy.runs()["all"].info.run_id)
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert kinds <= {"", ".txt", ".yaml", ".json", ".py", ".safetensors", ".css", ".js"}, "a pickle?"
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in requirements] == ["mlflow", "numpy", "safetensors", "torch"]
+
+    tree = TreeVAE.from_json(tree_files()["tree.json"].decode())
+    tree.load_state_dict(load_tensors(tree_files()["model.safetensors"]))
+    images = np.random.default_rng(0).random((7, 1, 8, 8), dtype=np.float32)
+    np.save(tmp_path / "images.npy", images)
+    code = (  # in a process of its own, which would find nothing but the model's own code
+        "import mlflow, numpy, sys; mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model(f'models:/{sys.argv[2]}')\n"
+        "numpy.savez('found.npz', **model.predict(numpy.load('images.npy')))\n"
+        "import tdiff; print(tdiff.__file__)\n"
+        "try: model.predict(numpy.full((1, 1, 8, 8), 9, numpy.float32))\n"
+        "except ValueError as error: print(error)\n"
+        "try: model.predict(numpy.zeros((1, 1, 8, 9), numpy.float32))\n"
+        "except mlflow.MlflowException as error: print(str(error).splitlines()[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, copy.uri, model.model_id], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    where, beyond, shape = done.stdout.splitlines()
+    assert where == str(folder / "code" / "tdiff" / "__init__.py")
+    assert "images hold values from 9 to 9" in beyond
+    assert "Failed to enforce schema" in shape
+    found = np.load(tmp_path / "found.npz")
+    expected = encode(tree, images)
+    np.testing.assert_allclose(found["reach"], expected.reach, atol=1e-6)
+    np.testing.assert_array_equal(found["leaf"], expected.leaf)
+    np.testing.assert_array_equal(found["path"], expected.path)
+
+
+def test_a_model_that_was_cut_short_is_logged_anew(copy: Copy):
+    assert copy.again({}) is None
+    experiment = copy.client.get_experiment_by_name(copy.experiment)
+    cut = copy.client.create_logged_model(experiment.experiment_id, "tree", copy.runs()["all"].info.run_id)
+    assert copy.again({}, {"acc": 0.5}) is None
+    (model,) = copy.models()
+    assert model.model_id != cut.model_id
+    assert model.status == "READY"
+    copy.client.update_run(copy.runs()["all"].info.run_id, status="RUNNING")  # as if killed after the model
+    assert copy.again({}, {"acc": 0.5}) is None
+    assert [one.model_id for one in copy.models()] == [model.model_id]
 
 
 def test_more_metrics_than_one_call_takes(copy: Copy):
@@ -230,7 +308,7 @@ def test_a_store_that_cannot_be_reached_costs_a_sentence(monkeypatch: pytest.Mon
         started = time.monotonic()
         mirror.open({}, {}, {})
         mirror.phase("00-root", ROOT, {})
-        mirror.result({"acc": 0.5}, {})
+        mirror.result({"acc": 0.5}, {}, {})
         assert time.monotonic() - started < 1  # training does not wait for it
         warning = mirror.close()
         assert time.monotonic() - started < 60  # by MLflow's own settings it would be 4 minutes

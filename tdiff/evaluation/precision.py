@@ -27,7 +27,11 @@ class PrecisionRecall(NamedTuple):
 
 def precision_recall(generated: NDArray[np.floating], real: NDArray[np.floating]) -> PrecisionRecall:
     """Of features [M, F] and [N, F]. Raises ValueError if there are no more images than neighbours on a side."""
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric  # slow to import
+    from torch_fidelity.metric_prc import (  # slow to import
+        KEY_METRIC_PRECISION,
+        KEY_METRIC_RECALL,
+        prc_features_to_metric,
+    )
 
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= NEIGHBOURS:
