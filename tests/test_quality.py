@@ -84,7 +84,7 @@ def samples(folder: Path, images: np.ndarray, leaf: np.ndarray, shard_size: int 
         (folder / name).write_bytes(out.getvalue())
         digest = hashlib.sha256(out.getvalue()).hexdigest()
         shards.append(Shard(name, min(shard_size, len(images) - first), len(out.getvalue()), digest))
-    (folder / "manifest.json").write_text(json.dumps({"shards": [asdict(shard) for shard in shards]}))
+    (folder / "manifest.json").write_text(json.dumps({"samples": len(images), "shards": [asdict(s) for s in shards]}))
     fixed: dict[str, Any] = {"tree_url": "", "diffusion_url": "", "data_url": "", "mode": "sample", "seed": 0}
     fixed |= {"batch": shard_size, "steps": 2, "sampler": "ddim", "grid": "uniform", "bf16": False, "leaves": 3}
     return SampleJob(str(folder), num=len(images), **(fixed | settings))
