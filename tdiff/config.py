@@ -339,19 +339,20 @@ class Config(Section):
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """`field: value here, value there` for every field that results depend on and in which two configs differ."""
-    a, b = _flat(ours.identity()), _flat(theirs.identity())
+    a, b = dotted(ours.identity()), dotted(theirs.identity())
     return [f"{key}: {a[key]} here, {b.get(key)} there" for key in a if a[key] != b.get(key)]
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Dotted names -> values, as for the command line."""
-    return _flat(config.model_dump(mode="json"))
+    return dotted(config.model_dump(mode="json"))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names -> values."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tdiff import storage
+from tdiff.errors import ConfigError
 from tdiff.tree.model import TreeVAE
 
 
@@ -56,6 +57,52 @@ def read_metrics(url: str) -> list[dict[str, Any]]:
     """All metric lines of a phase's folder, in order of steps."""
     names = [name for name in storage.listing(url) if name.endswith(".jsonl")]
     return [json.loads(line) for name in names for line in storage.read_text(storage.join(url, name)).splitlines()]
+
+
+def log_files(
+    uri: str, experiment: str, artifacts: str | None, name: str, tags: dict[str, str], files: dict[str, str]
+) -> None:
+    """Text files by name, into the run of an experiment that has these tags, made if there is none; they replace files
+    that it has by these names. artifacts: where a new experiment keeps its files; None: its server knows.
+
+    Raises ConfigError if MLflow cannot be used.
+    """
+    try:
+        client, experiment_id = _connected(uri, experiment, artifacts)
+        run = _tagged_run(client, experiment_id, tags, name)
+        for file, text in files.items():
+            client.log_text(run, text, file)
+        client.set_terminated(run, "FINISHED")
+    except Exception as error:  # whatever MLflow's stores and their drivers raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"MLflow at {uri} cannot be used ({reason}): name another with --tracking URI, or --tracking none."
+        ) from error
+
+
+def _connected(uri: str, experiment: str, artifacts: str | None) -> tuple[Any, str]:
+    """MLflow's client, and the id of the experiment, made if there is none."""
+    # MLflow's own 7 retries of 120 s keep a finished run waiting for minutes where nobody answers.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow.tracking import MlflowClient  # it takes seconds
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found:
+        return client, str(found.experiment_id)
+    return client, str(client.create_experiment(experiment, artifact_location=artifacts))
+
+
+def _tagged_run(client: Any, experiment_id: str, tags: dict[str, str], name: str) -> str:
+    """Id of the run with these tags, made if there is none."""
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    found = client.search_runs([experiment_id], wanted, max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
 
 
 class Mirror:
@@ -106,22 +153,10 @@ class Mirror:
         self._pool.submit(guarded)
 
     def _open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
-        # MLflow's own 7 retries of 120 s keep a finished run waiting for minutes where nobody answers.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        # Imported here, in the thread: it takes seconds in which the first phase's workers already start.
+        # Here, in the thread: importing MLflow takes seconds in which the first phase's workers already start.
+        self._client, self._experiment_id = _connected(self.uri, self._experiment, self._artifacts)
         from mlflow.entities import Param, RunTag
-        from mlflow.tracking import MlflowClient
 
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        self._client = MlflowClient(self.uri)
-        found = self._client.get_experiment_by_name(self._experiment)
-        self._experiment_id = (
-            found.experiment_id
-            if found
-            else self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
-        )
         self._parent = self._run({"tdiff.run": self._run_id}, self._name)
         # An earlier start may have been cut short between any two of these.
         known = self._client.get_run(self._parent).data
@@ -137,14 +172,9 @@ class Mirror:
 
     def _run(self, tags: dict[str, str], name: str) -> str:
         """Id of the run with these tags, made if there is none."""
-        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         if "mlflow.parentRunId" not in tags:
-            wanted += " and tags.`tdiff.phase` = 'all'"
             tags = {**tags, "tdiff.phase": "all"}
-        found = self._client.search_runs([self._experiment_id], wanted, max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-        return str(self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id)
+        return _tagged_run(self._client, self._experiment_id, tags, name)
 
     def _phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
         from mlflow.entities import Metric
