@@ -305,7 +305,7 @@ def test_what_is_learnt_by_heart_is_found(tmp_path: Path, data: DataSet) -> None
     assert found[0]["images"] == 6
     assert found[0]["ids"][:3] == [700, 3, 1199]
     assert found[0]["samples"]["least"] == 0
-    others = np.sqrt((((data.images - drawn[4]) / 255.0) ** 2).sum((1, 2, 3)))
+    others = ((data.images / 255 - drawn[4] / 255) ** 2).sum((1, 2, 3))
     assert found[0]["ids"][4] == others.argmin()
     assert "held_out" not in found[0]  # there is no such split
     assert quality.nearest(made_run(tmp_path / "none", data, nearest_images=0), job, 1) == {}
