@@ -1,7 +1,7 @@
 """Protects the ablation: every data set's config with every condition builds, trains, and moves every parameter.
 
-Two steps of a few random images each through a random tree, by the loop itself (its plain back-end). In the fast test the
-U-Nets are narrow; the slow one takes them as they are.
+Two steps of a few random images each through a random tree, by the loop itself (its plain back-end). In the fast test
+the U-Nets are narrow; the slow one takes them as they are.
 """
 
 from __future__ import annotations
