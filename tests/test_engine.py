@@ -894,6 +894,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(launch) -> None:
         torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-6)
 
 
+def bucket_sizes(rank: int, world: int, given: dict[str, int]) -> list[int]:
+    found = []
+    for zero in (1, 2, 3):
+        task = Task("line", Line(None), line_batch, 1, 8, 2, 0, lambda step: RATE, zero=zero)
+        task.deepspeed = {"zero_optimization": given}
+        found.append(engine.DeepSpeedBackend(task, world).engine.optimizer.reduce_bucket_size)
+    return found
+
+
+def test_gradients_are_sent_in_a_bucket_no_larger_than_all_of_them(launch) -> None:
+    assert launch(1, bucket_sizes, {}) == [[7, 7, 7]]
+    assert launch(1, bucket_sizes, {"reduce_bucket_size": 1000}) == [[1000, 1000, 1000]]
+
+
 # --- means over the workers ----------------------------------------------------------------------
 
 
