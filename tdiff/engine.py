@@ -227,13 +227,16 @@ class DeepSpeedBackend:
         self.task = task
         self.parameters = _trainable(task.objective)
         optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay, fused=True)
+        # DeepSpeed allocates its bucket as large as it may become: 2 GB by default, for models of any size.
+        numbers = sum(p.numel() for p in self.parameters.values())
+        sharing = {"reduce_bucket_size": min(numbers, 500_000_000), **task.deepspeed.get("zero_optimization", {})}
         settings: dict[str, Any] = {
             "train_batch_size": task.batch_size,
             "train_micro_batch_size_per_gpu": task.batch_size // task.slots,
             "gradient_accumulation_steps": task.slots // world,
             "gradient_clipping": task.clip if task.zero else 0.0,  # without ZeRO `update` clips
             **task.deepspeed,
-            "zero_optimization": {**task.deepspeed.get("zero_optimization", {}), "stage": task.zero},
+            "zero_optimization": {**sharing, "stage": task.zero},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
         }

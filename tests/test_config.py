@@ -525,7 +525,9 @@ SHAPES = {
     "mnist": (1, 28),
     "fashion-mnist": (1, 28),
     "fashion-cpu": (1, 28),
+    "fashion-cpu-edm": (1, 28),
     "cifar10": (3, 32),
+    "cifar10-edm": (3, 32),
     "celeba": (3, 64),
     "cubicc": (3, 64),
 }
@@ -536,12 +538,21 @@ SHAPES = {
 )
 def test_every_config_fits_its_data_set(file: Path):
     config = load(str(file))
-    assert config.data.name == ("fashion-mnist" if file.stem == "fashion-cpu" else file.stem)
+    assert config.data.name == file.stem.removesuffix("-edm").replace("fashion-cpu", "fashion-mnist")
     channels, size = SHAPES.get(file.stem, (1, 8))
     tree, unet = config.tree_spec(channels, size), config.unet_spec(channels, size)
     assert (tree.likelihood == "bernoulli") == (channels == 1)
     assert tree.projections == (config.tree.contrastive > 0) == (channels == 3)
     assert unet.channels == channels
+
+
+@pytest.mark.parametrize("stem", ["fashion-cpu", "cifar10"])
+def test_a_config_of_the_same_tree_can_take_it(stem: str):
+    folder = Path(__file__).parent.parent / "configs"
+    ours, theirs = load(str(folder / f"{stem}-edm.yaml")), load(str(folder / f"{stem}.yaml"))
+    told = [line.partition(":")[0] for line in differences(ours, theirs)]
+    assert {"diffusion.objective", "samples.sampler"} <= set(told)
+    assert [name for name in told if not name.startswith(("diffusion.", "samples."))] == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 NOISE, V, EDM = VariancePreserving(), VariancePreserving(objective="v"), Edm()
 
 
+def image_of(process: Process, x_t: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The image that an answer at x_t means: (x_t - sigma_t noise) / signal_t."""
+    signal, sigma = process.signal_sigma(t)
+    return (x_t - sigma * process.to_noise(x_t, t, output)) / signal
+
+
 def draws(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -106,7 +112,7 @@ def test_edm_in_its_papers_coordinates(level: float) -> None:
     torch.testing.assert_close(told, x / (level**2 + 0.25) ** 0.5)
     torch.testing.assert_close(label, torch.full_like(t, 1000 * math.log(level) / 4))
     denoised = preconditioned(output, x, level)
-    torch.testing.assert_close(EDM.to_x0(x_t, t, output), denoised)
+    torch.testing.assert_close(image_of(EDM, x_t, t, output), denoised)
     torch.testing.assert_close(EDM.to_noise(x_t, t, output), (x - denoised) / level, rtol=1e-6, atol=1e-9)
     # Its loss is lambda |D - x_0|², lambda = (s² + d²) / (s d)² (equation 8 and table 1).
     expected = (level**2 + 0.25) / (level * 0.5) ** 2 * (denoised - x0).square().mean((1, 2, 3))
@@ -153,7 +159,7 @@ def test_the_right_answer_gives_back_noise_and_image(objective: str) -> None:
     x_t, answer = process.q_sample(x0, t, noise), process.target(x0, t, noise)
     torch.testing.assert_close(process.to_noise(x_t, t, answer), noise, rtol=1e-4, atol=1e-4)
     # At t = 999 the image is 0.6% of x_t, and float32 keeps that much less of it.
-    torch.testing.assert_close(process.to_x0(x_t, t, answer), x0, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(image_of(process, x_t, t, answer), x0, rtol=1e-3, atol=1e-3)
     assert process.loss(lambda x, t: answer, x0, t, noise).mean.item() == 0
 
 
@@ -227,7 +233,7 @@ def test_min_snr_weights_the_image_by_the_capped_ratio(objective: str, gamma: fl
     x0, noise, output = (draws(seed, 3, 1, 2, 2) for seed in (1, 2, 3))
     t = torch.tensor([50, 300, 700])
     loss = weighted.loss(lambda x, t: output, x0, t, noise)
-    image = weighted.to_x0(weighted.q_sample(x0, t, noise), t, output)
+    image = image_of(weighted, weighted.q_sample(x0, t, noise), t, output)
     capped = torch.tensor(np.minimum(snr, gamma)[t.numpy()])
     torch.testing.assert_close(
         loss.per_sample.double(), capped * (image - x0).double().square().mean((1, 2, 3)), rtol=1e-3, atol=0

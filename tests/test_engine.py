@@ -57,11 +57,12 @@ from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work import classifying, growing
 from tdiff.work.classifying import ClassifierPhase, classify
-from tdiff.work.diffusing import DiffusionPhase, diffuse
+from tdiff.work.diffusing import DiffusionPhase, deepspeed_settings, diffuse
 from tdiff.work.growing import GrowingPhase, grow, load_tree, save_tree
 from tdiff.work.snapshots import file_name, rebuild
 
 GOLDEN = Path(__file__).parent / "golden"
+DEEPSPEED = Path(__file__).parent.parent / "configs" / "deepspeed"
 RECORD = os.environ.get("TDIFF_RECORD_GOLDEN") == "1"
 EMA_WIDTH = 0.2  # no track of which snapshots are kept, so that training follows three averages
 WIDTHS = (*TRACKS, EMA_WIDTH)
@@ -97,6 +98,8 @@ class Job:
     """(step, slot) whose loss is NaN, and its kl_nodes where there are any."""
     still: bool = False
     """A learning rate of 0: only running statistics move."""
+    diffusion: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the section `diffusion`."""
 
     @property
     def folder(self) -> Path:
@@ -143,7 +146,8 @@ class _Captured(Exception):
     pass
 
 
-def small_config(slots: int = 4, zero: int = 1, views: bool = False, threshold: float = 0.0) -> Config:
+def small_config(slots: int = 4, zero: int = 1, views: bool = False, threshold: float = 0.0, **further: Any) -> Config:
+    """further: settings of the section `diffusion`."""
     tree: dict[str, Any] = {
         "features": 3,
         "max_leaves": 4,
@@ -166,15 +170,13 @@ def small_config(slots: int = 4, zero: int = 1, views: bool = False, threshold: 
         "slots": slots,
         "warmup_images": 320,
         "zero": zero,
+        "ema": EMA_WIDTH,
+        "snapshots": SNAPSHOTS,
     }
     classifier = {"batch": 32, "slots": slots, "images": 32 * STEPS}
-    return validated(
-        {
-            "tree": tree,
-            "diffusion": diffusion | {"ema": EMA_WIDTH, "snapshots": SNAPSHOTS},
-            "evaluation": {"classifier": classifier},
-        }
-    )
+    # Every objective can be sampled on this grid.
+    sections = {"tree": tree, "diffusion": diffusion | further, "samples": {"grid": "karras"}}
+    return validated(sections | {"evaluation": {"classifier": classifier}})
 
 
 def task_of(job: Job) -> Task:
@@ -182,7 +184,7 @@ def task_of(job: Job) -> Task:
     views = job.kind.startswith("views-")
     kind: Any = "root" if job.kind == "threshold" else job.kind.removeprefix("views-")
     threshold = 0.3 if job.kind == "threshold" else 0.0  # each row leaves out one of two leaves, more often than not
-    url, settings = str(job.folder), small_config(job.slots, job.zero, views, threshold)
+    url, settings = str(job.folder), small_config(job.slots, job.zero, views, threshold, **job.diffusion)
     start, data_url = (str(job.home / f"{'colour-' if views else ''}{name}") for name in ("start", "data"))
     captured: list[Task] = []
 
@@ -202,7 +204,8 @@ def task_of(job: Job) -> Task:
         else:
             # Without it networks as small as these would not be partitioned.
             partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if job.zero == 3 else {}
-            diffuse(DiffusionPhase(url, start, data_url, settings, job.bf16, partitioned), worker)
+            given = deepspeed_settings(settings.diffusion) or partitioned
+            diffuse(DiffusionPhase(url, start, data_url, settings, job.bf16, given), worker)
     (task,) = captured
     given, reached = task.batch, list[tuple[int, int]]()
 
@@ -385,18 +388,31 @@ def fresh(home: Path, tmp_path: Path) -> Path:
 # --- golden losses -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps"),
-    [
-        *((kind, 100) for kind in ("root", "split", "refit")),
-        *((kind, 80) for kind in ("views-root", "views-split")),
-        ("diffusion", 60),
-    ],
-)
-def test_golden_losses(fresh: Path, kind: str, steps: int) -> None:
-    job = Job(kind, fresh, kind, steps, slots=2)
+@dataclass(frozen=True)
+class Recorded:
+    """A job whose losses are recorded."""
+
+    kind: str
+    steps: int
+    diffusion: dict[str, Any] = field(default_factory=dict)
+
+
+GOLDENS = {
+    **{kind: Recorded(kind, 100) for kind in ("root", "split", "refit")},
+    **{kind: Recorded(kind, 80) for kind in ("views-root", "views-split")},
+    "diffusion": Recorded("diffusion", 60),
+    "diffusion-v": Recorded("diffusion", 60, {"objective": "v", "min_snr": 5.0}),
+    "diffusion-edm": Recorded("diffusion", 60, {"objective": "edm"}),
+    "diffusion-told": Recorded("diffusion", 60, {"condition": "recon+path", "condition_dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden_losses(fresh: Path, name: str) -> None:
+    recorded = GOLDENS[name]
+    job = Job(recorded.kind, fresh, name, recorded.steps, slots=2, diffusion=recorded.diffusion)
     train(job)
-    found, file = losses(job), GOLDEN / f"{kind}.json"
+    found, file = losses(job), GOLDEN / f"{name}.json"
     if RECORD:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps({"torch": torch.__version__, "losses": found}, indent=0) + "\n")
@@ -682,9 +698,15 @@ def test_a_reach_threshold_changes_what_a_phase_computes(plain) -> None:
     assert any(not torch.equal(exact.weights[name], left_out.weights[name]) for name in exact.trained)
 
 
-def test_zero_stages_are_equal(home, launch, plain) -> None:
-    """ZeRO 0, 1, 2, 3 on two workers: losses to 1e-5 relative, EMAs as in closed form from the plain weights."""
-    jobs = [Job("diffusion", home, f"zero-{zero}", 12, zero=zero) for zero in range(4)]
+@pytest.mark.parametrize("files", [False, True])
+def test_zero_stages_are_equal(home, launch, plain, files: bool) -> None:
+    """ZeRO 0, 1, 2, 3 on two workers, plain and by the files in configs/deepspeed: losses to 1e-5 relative, EMAs as in
+    closed form from the plain weights.
+    """
+    jobs = [Job("diffusion", home, f"zero-{zero}-{files}", 12, zero=zero) for zero in range(4)]
+    if files:
+        jobs = [dataclasses.replace(j, diffusion={"deepspeed": str(DEEPSPEED / f"zero{j.zero}.json")}) for j in jobs]
+        assert [task_of(job).deepspeed["zero_optimization"]["stage"] for job in jobs] == [0, 1, 2, 3]
     ranks = launch(2, train_all, jobs)
     history = plain.phases["diffusion"].history[: jobs[0].steps]
     trained = [{n: h[n] for n in plain.phases["diffusion"].trained} for h in history]
@@ -759,6 +781,20 @@ def test_resumed_equals_straight_through_plain(fresh: Path, kind: str) -> None:
     before = parts(lost)
     spoil(lost)
     assert_resumed(straight, lost, (expected, killed, train(resumed)), before)
+
+
+@pytest.mark.slow
+def test_resumed_equals_straight_through_compiled(fresh: Path) -> None:
+    straight, lost, resumed = (
+        dataclasses.replace(job, diffusion={"compile": True}) for job in resume_jobs(fresh, "diffusion", 0)
+    )
+    expected, killed = train(straight), train(lost)
+    before = parts(lost)
+    spoil(lost)
+    torch.compiler.reset()  # a new process would compile anew
+    results = expected, killed, train(resumed)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    assert_resumed(straight, lost, results, before)
 
 
 def test_resumed_equals_straight_through_with_workers(fresh: Path, launch) -> None:
@@ -881,6 +917,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(launch) -> None:
     for w, error in found:
         assert error.startswith("line, step 2: gradient not finite")
         torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-6)
+
+
+def bucket_sizes(rank: int, world: int, given: dict[str, int]) -> list[int]:
+    found = []
+    for zero in (1, 2, 3):
+        task = Task("line", Line(None), line_batch, 1, 8, 2, 0, lambda step: RATE, zero=zero)
+        task.deepspeed = {"zero_optimization": given}
+        found.append(engine.DeepSpeedBackend(task, world).engine.optimizer.reduce_bucket_size)
+    return found
+
+
+def test_gradients_are_sent_in_a_bucket_no_larger_than_all_of_them(launch) -> None:
+    assert launch(1, bucket_sizes, {}) == [[7, 7, 7]]
+    assert launch(1, bucket_sizes, {"reduce_bucket_size": 1000}) == [[1000, 1000, 1000]]
 
 
 # --- means over the workers ----------------------------------------------------------------------

@@ -103,11 +103,6 @@ class Process(ABC):
         signal, sigma = self.signal_sigma(t)
         return signal * x0 + sigma * noise
 
-    def to_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The image that an answer at x_t means, unclipped: (x_t - sigma_t noise) / signal_t."""
-        signal, sigma = self.signal_sigma(t)
-        return (x_t - sigma * self.to_noise(x_t, t, output)) / signal
-
     def loss(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> DenoisingLoss:
         """Weighted squared error of the network's answers (DDPM equation 14), for x0 [B, I, H, H] in [-1, 1].
 
