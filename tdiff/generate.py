@@ -62,22 +62,24 @@ def main() -> None:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     workers = launch.default_workers(arguments.workers)
     job = sample_job(run, name, **settings)
-    started = time.monotonic()
+    numbers, started = None, time.monotonic()
 
     def progress(done: int, total: int) -> None:
         seconds = time.monotonic() - started
         rate = done * job.draws_per_shard * job.images_per_draw / seconds
         console.print(f"shard {done}/{total}  {rate:.1f} images/s  {seconds / done * (total - done):.0f} s left")
 
-    numbers = None
     if arguments.fid or results.unfinished({name: job}):
         launch.connect(workers)
+        at_once = launch.at_once(workers)
         try:
             if arguments.fid:
                 kind = run.config().evaluation.features[0] if arguments.fid is True else arguments.fid
-                numbers = results.draw_and_compare(run, name, job, kind, launch.at_once(workers), progress)
+                extractor = results.judge(run, kind, at_once)
+                started = time.monotonic()  # what is drawn is what takes so long, not the training of a judge
+                numbers = results.draw_and_compare(run, name, job, extractor, at_once, progress)
             else:
-                results.draw({name: job}, launch.at_once(workers), progress)
+                results.draw({name: job}, at_once, progress)
         finally:
             launch.disconnect()
     count = job.num * job.images_per_draw

@@ -132,17 +132,21 @@ def draw(
     return sum(entry.samples for of_job in shards.values() for entry in of_job.values())
 
 
-def draw_and_compare(
-    run: Run, name: str, job: SampleJob, kind: Kind, workers: int, progress: Progress | None = None
-) -> Settings:
-    """Draws a job, unless that is done, and compares its images with real ones as `evaluate` does.
-
-    The same actors that draw look at what they drew. Writes quality.json into the job's folder and returns it. Raises
-    ConfigError if there is nobody to judge.
-    """
+def judge(run: Run, kind: Kind, workers: int) -> Extractor:
+    """The network whose features samples are compared in. Raises ConfigError if it cannot be had."""
     extractor = judging.extractor_of(run, kind, workers)
     if extractor is None:
         raise ConfigError(f"RUN {run.url} has no labelled images to train a classifier on: take --fid inception.")
+    return extractor
+
+
+def draw_and_compare(
+    run: Run, name: str, job: SampleJob, extractor: Extractor, workers: int, progress: Progress | None = None
+) -> Settings:
+    """Draws a job, unless that is done, and compares its images with real ones as `evaluate` does.
+
+    The same actors that draw look at what they drew. Writes quality.json into the job's folder and returns it.
+    """
     keep = run.config().evaluation.neighbour_images
     if unfinished({name: job}):
         looking = Looking(extractor, keep)

@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from tdiff.tree.layers import SlotBatchNorm, conv_bn_silu
-from tdiff.tree.model import norms
 
 AnyArray = Tensor | NDArray[np.floating] | NDArray[np.integer]
 
@@ -118,11 +117,6 @@ class ClassifierSpec:
             raise ValueError(f"not a classifier.json: {error}") from error
 
 
-def loss(classifier: Network, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of a batch: images [B, I, H, H] in [0, 1], labels [B]."""
-    return F.cross_entropy(classifier(images), labels)
-
-
 def shift(images: Tensor, rng: torch.Generator) -> Tensor:
     """Each image moved by -1, 0 or 1 pixel in both directions, its border repeated: [B, I, H, H]."""
     batch, _, height, width = images.shape
@@ -140,52 +134,6 @@ def flip(images: Tensor, rng: torch.Generator) -> Tensor:
     """Every other image, by chance, mirrored left to right: [B, I, H, H]."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
-
-
-def train_classifier(
-    images: AnyArray, labels: ArrayLike | Tensor, seed: int = 0, steps: int = 300, batch: int = 128
-) -> Classifier:
-    """A classifier trained on images [M, I, H, H] (uint8, or float in [0, 1]) and their labels [M], in eval mode.
-
-    Adam with a cosine to 0, on the CPU; the result is a function of the arguments. Labels run from 0.
-    """
-    x = _unit(images)
-    y = torch.as_tensor(np.asarray(labels), dtype=torch.long)
-    if x.ndim != 4 or len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"needs images [M, I, H, H] and M labels, M > 1, not {list(x.shape)} and {list(y.shape)}")
-    if int(y.min()) < 0:
-        raise ValueError(f"labels run from 0, but one is {int(y.min())}")
-    rng = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Classifier(x.shape[1], x.shape[2], int(y.max()) + 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    model.train()
-    order = torch.empty(0, dtype=torch.long)
-    batch = min(batch, len(x))
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.randperm(len(x), generator=rng)
-        now, order = order[:batch], order[batch:]
-        optimizer.zero_grad()
-        loss(model, shift(x[now], rng), y[now]).backward()
-        optimizer.step()
-        for norm in norms(model):
-            norm.move_running_statistics()
-        schedule.step()
-    return model.eval().requires_grad_(False)
-
-
-def _unit(images: AnyArray) -> Tensor:
-    """uint8 or float images as float32 in [0, 1]."""
-    x = torch.as_tensor(images)
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
-
-
-def confidence(logits: Tensor) -> float:
-    """Mean probability that the classifier gives its own choice, for logits [K, C]: sharp images score high."""
-    return float(logits.double().softmax(1).amax(1).mean())
 
 
 def class_histograms(predictions: ArrayLike, leaf: ArrayLike, classes: int, leaves: int) -> NDArray[np.int64]:
