@@ -14,7 +14,9 @@ from tdiff.evaluation.classifier import (
     ClassifierSpec,
     ResNet50,
     class_histograms,
+    flip,
     mean_entropy,
+    shift,
 )
 
 torch.set_num_threads(1)
@@ -65,7 +67,7 @@ def test_a_spec_builds_the_same_shapes_again(network: str) -> None:
 
 def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
     images = torch.rand(400, 3, 4, 5)
-    found = classifier.flip(images, torch.Generator().manual_seed(0))
+    found = flip(images, torch.Generator().manual_seed(0))
     mirrored = (found == images.flip(3)).flatten(1).all(1)
     as_before = (found == images).flatten(1).all(1)
     assert (mirrored ^ as_before).all()
@@ -75,7 +77,7 @@ def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
 def test_shift_moves_by_at_most_a_pixel() -> None:
     image = torch.zeros(200, 2, 7, 7)
     image[:, 0, 3, 3], image[:, 1, 3, 3] = 1, 2
-    moved = classifier.shift(image, torch.Generator().manual_seed(0))
+    moved = shift(image, torch.Generator().manual_seed(0))
     assert torch.equal(moved[:, 1], 2 * moved[:, 0])  # channels move together
     assert (moved[:, 0].sum((1, 2)) == 1).all()
     places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
