@@ -187,7 +187,7 @@ class Driver:
         if done is None or done.get("settings") != settings or not storage.finished(self.run.at("report")):
             started = time.time()
             launch.connect(self.workers)
-            done = results.evaluate(self.run, launch.at_once(self.workers))
+            done = results.evaluate(self.run, launch.at_once(self.workers), self.say)
             results.figures(self.run)
             results.report(self.run)
             storage.finish(self.run.at("report"))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tdiff import launch, storage
-from tdiff.config import Config
+from tdiff.config import Config, Evaluation
 from tdiff.data.shards import Shard
 from tdiff.errors import ConfigError
 from tdiff.evaluation.classifier import class_histograms, mean_entropy
@@ -27,7 +27,7 @@ from tdiff.evaluation.frechet import Moments, frechet_distance, frechet_error
 from tdiff.evaluation.precision import NEIGHBOURS, precision_recall
 from tdiff.judging import Say, extractor_facts, extractor_of, shared
 from tdiff.runs import Run
-from tdiff.seeds import permutation, seed_of
+from tdiff.seeds import one_thread, permutation, seed_of
 from tdiff.work.judging import Extractor, Member, Seen, nearest_of, see_shard, see_split
 from tdiff.work.reading import open_split
 from tdiff.work.sampling import SampleJob, read_samples
@@ -154,7 +154,12 @@ def distances(config: Config, extractor: Extractor, seen: Sequence[Seen], refere
     Names are those of the extractor (fid_gen, classifier_frechet_rec, …), `end` gen or rec. Beside the distance stands
     its standard error: over the blocks where there are several, else by the bootstrap.
     """
-    section, name = config.evaluation, extractor.distance
+    with one_thread():
+        return _distances(config.evaluation, extractor, seen, reference, end)
+
+
+def _distances(section: Evaluation, extractor: Extractor, seen: Sequence[Seen], reference: Seen, end: str) -> Numbers:
+    name = extractor.distance
     each = [frechet_distance(one.moments, reference.moments) for one in seen]
     found: Numbers = {f"{name}_{end}": float(np.mean(each))}
     first = seen[0]

@@ -26,6 +26,7 @@ from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
 from tdiff.figures.plots import grid, save
+from tdiff.judging import Say
 from tdiff.quality import Fold
 from tdiff.runs import Run
 from tdiff.seeds import one_thread, seed_of
@@ -178,7 +179,7 @@ def _complete(job: SampleJob, shards: list[Shard]) -> None:
 # --- numbers and pictures ----------------------------------------------------------------------------
 
 
-def evaluate(run: Run, workers: int) -> Settings:
+def evaluate(run: Run, workers: int, say: Say = print) -> Settings:
     """Computes and writes evaluation.json, part of it on so many Ray actors; returns it.
 
     Its entry `samples` is empty where the run has no samples yet. Raises ConfigError if there is no finished tree.
@@ -199,7 +200,7 @@ def evaluate(run: Run, workers: int) -> Settings:
         "leaves": len(topology.leaves),
         "clustering": clusters,
         "likelihood": bounds,
-        "samples": quality.measure(run, jobs, workers) if jobs else {},
+        "samples": quality.measure(run, jobs, workers, say) if jobs else {},
         "nearest": quality.nearest(run, jobs["prior"], workers) if jobs else {},
         "seconds": seconds(run),
     }
