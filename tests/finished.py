@@ -79,7 +79,7 @@ def finished_run(folder: Path, denoiser: bool = True, channels: int = 1, setting
     save_tree(url, tree)
     decisions = {split: decisions_of(tree, open_split(config, data, split), Alone()) for split in ("train", "test")}
     storage.write_bytes(storage.join(url, "routing.safetensors"), decisions_bytes(decisions))
-    storage.finish(url)
+    _finish(url)
     if denoiser:
         spec, url = denoiser_spec(config, tree), run.at("diffusion")
         kept = Snapshots(storage.join(url, "ema"), [10, 20], "")
@@ -88,8 +88,13 @@ def finished_run(folder: Path, denoiser: bool = True, channels: int = 1, setting
             kept.write(step, str(width), _weights(Denoiser(spec)))
         storage.write_bytes(storage.join(url, "ema.safetensors"), save_tensors(_weights(Denoiser(spec))))
         storage.write_text(storage.join(url, "unet.json"), spec.to_json())
-        storage.finish(url)
+        _finish(url)
     return run
+
+
+def _finish(url: str) -> None:
+    storage.write_text(storage.join(url, "summary.json"), json.dumps({"wall_seconds": 1.0}))
+    storage.finish(url)
 
 
 def _shaken(module: M, by: float) -> M:

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from finished import finished_run
 from inception_weights import random_inception
 from making import DataSet, make_set, png_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity import calculate_metrics
 
-from tdiff import judging, launch, quality, storage
+from tdiff import judging, launch, quality, results, storage
 from tdiff.config import Config, validated
 from tdiff.data.shards import Shard
 from tdiff.errors import ConfigError, DataError
@@ -261,6 +262,37 @@ def test_weights_that_cannot_be_had(tmp_path: Path, data: DataSet, monkeypatch: 
     with pytest.raises(ConfigError, match=r"cannot be downloaded.*evaluation.inception=FILE"):
         judging.inception_extractor(made_run(tmp_path, data))
     assert not list((tmp_path / "torch").rglob("*.pth"))
+
+
+def test_a_run_without_labels_is_judged_by_inception(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From drawing to the table, with both networks asked for: a classifier needs labels."""
+    file = random_inception(tmp_path / "weights.pth")
+    settings = ("samples.draws=7", "samples.reconstructions=6", "samples.blocks=2", "samples.per_leaf=2")
+    settings += ("samples.draws_all_leaves=1", "evaluation.features=[classifier, inception]")
+    settings += ("evaluation.reference=test", f"evaluation.inception={file}")
+    run = finished_run(tmp_path, settings=settings)
+    jobs = results.standard_jobs(run)
+    results.draw(results.unfinished(jobs), 2)
+    found = results.evaluate(run, 2)
+    assert "no labels" in capsys.readouterr().out
+    judged = found["samples"]
+    assert judged["reference"] == {"split": "test", "images": 23}
+    assert (judged["draws"], judged["blocks"], judged["reconstructions"]) == (7, 2, 6)
+    assert "classifier" not in judged
+    assert judged["inception"]["digest"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    for model in ("treediffusion", "treevae"):
+        assert judged[model]["fid_rec"] > 0
+        assert judged[model]["fid_gen"] == pytest.approx(np.mean(judged[model]["fid_gen_blocks"]))
+        assert not any("classifier" in name for name in judged[model])
+    assert (judged["real"]["split"], judged["real"]["images"]) == ("train", 23)
+    assert len(found["nearest"]["ids"]) == 7
+    titles = [title for title, _ in results.table(found)]
+    assert any(title.startswith("FID of 7 draws to 23 test images") for title in titles)
+    one = jobs["prior"]
+    again = results.draw_and_compare(run, "prior", one, judging.inception_extractor(run), 1)
+    assert again["fid_gen"] == judged["treediffusion"]["fid_gen_blocks"][0]
+    results.figures(run)
+    assert 'id="nearest"' in Path(results.report(run)).read_text()
 
 
 @pytest.mark.slow
