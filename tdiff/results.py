@@ -268,7 +268,8 @@ def figures(run: Run) -> None:
         if not unfinished(jobs):
             samples = _shown_samples(jobs)
             of_leaves = [samples[name] for name in samples if name.startswith("leaf-")]
-            drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves)
+            predicted = _predicted(evaluation(run), len(topology.leaves))
+            drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves, predicted, run.manifest().classes or ())
             drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
             drawn["samples.png"] = drawing.side_by_side(shown.images, samples["prior"])
     for name, figure in drawn.items():

@@ -200,6 +200,7 @@ def test_every_picture_of_a_tiny_run(splits: dict[str, Images]):
     metrics = [{"step": k, "images": 10 * k, "loss": 1 / k} for k in (1, 2, 3)]
     picture(drawing.tree(THREE, left, Pictured.of(images)))
     picture(drawing.leaves(THREE, left, leaf))
+    picture(drawing.leaves(THREE, left, leaf, np.arange(9).reshape(3, 3), ("a", "b", "c")))
     picture(drawing.root_draw(THREE, draws, 1))
     picture(drawing.side_by_side(images, prior))
     picture(drawing.growing_losses({"00-root": metrics, "01-split-1": metrics[:1], "02-prune": []}))

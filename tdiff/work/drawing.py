@@ -5,7 +5,7 @@ Legend: M images, P of them that are pictured, L leaves, I image channels, H ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,21 @@ def tree(topology: Topology, left: NDArray[np.float32], shown: Pictured) -> Figu
     return plots.tree_picture(topology, averages, examples, shares, title)
 
 
-def leaves(topology: Topology, left: NDArray[np.float32], samples: list[Samples], count: int = 25) -> Figure:
-    """Per leaf a grid of generated images, with the leaf's share of the real ones."""
+def leaves(
+    topology: Topology,
+    left: NDArray[np.float32],
+    samples: list[Samples],
+    predicted: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] = (),
+    count: int = 25,
+) -> Figure:
+    """Per leaf a grid of generated images, with the leaf's share of the real ones, over the classes [L, C] that a
+    classifier sees in its samples.
+    """
     shares = leaf_reach(topology, left).mean(0)
     titles = [f"{name} · {plots.percent(share)}" for name, share in zip(leaf_names(topology), shares, strict=True)]
-    return plots.leaf_grids([one.images[:count] / 255 for one in samples], titles, title="TreeDiffusion, leaf by leaf")
+    images = [one.images[:count] / 255 for one in samples]
+    return plots.leaf_grids(images, titles, predicted, class_names or None, title="TreeDiffusion, leaf by leaf")
 
 
 def root_draw(topology: Topology, samples: Samples, draw: int) -> Figure:
