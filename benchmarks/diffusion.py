@@ -39,9 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdiff.diffusion.condition import Denoiser, DenoiserSpec
 from tdiff.diffusion.process import make_process
 from tdiff.diffusion.unet import UNet, UNetSpec
+from tdiff.hardware import computes_in_bf16
 from tdiff.tree.model import TreeSpec, TreeVAE
 from tdiff.tree.topology import Topology
-from tdiff.work.reading import computes_in_bf16
 
 SHAPES = {
     8: UNetSpec(1, 8, 32, (1, 2), attention=(4,)),

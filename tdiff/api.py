@@ -21,8 +21,8 @@ from typing import Any, TypedDict, Unpack
 from tdiff.diffusion.condition import Denoiser
 from tdiff.diffusion.samplers import Grid, Sampler, Start
 from tdiff.errors import ConfigError
+from tdiff.hardware import one_thread
 from tdiff.runs import Run, existing
-from tdiff.seeds import one_thread
 from tdiff.tree.encoding import Encoded, ImageArray, arranged, encode
 from tdiff.tree.topology import Topology
 from tdiff.work.jobs import sample_job

@@ -22,11 +22,11 @@ from tdiff.data.known import open_known
 from tdiff.data.shards import Manifest, read_manifest
 from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
+from tdiff.hardware import computes_in_bf16
 from tdiff.packing import pack
 from tdiff.runs import Run, existing
 from tdiff.work.diffusing import deepspeed_settings
 from tdiff.work.growing import check
-from tdiff.work.reading import computes_in_bf16
 
 RECORDS = ("run.json", "config.yaml")
 """The first says what the run is; either says that its folder is a run's."""

@@ -18,10 +18,10 @@ from tdiff import config as configs
 from tdiff import launch, results, storage
 from tdiff.config import Config
 from tdiff.errors import ConfigError
+from tdiff.hardware import one_thread
 from tdiff.launch import workers_for
 from tdiff.opening import opened
 from tdiff.runs import PHASE_NAME, Run, existing, finish_phase, phase_summary
-from tdiff.seeds import one_thread
 from tdiff.tracking import Mirror, read_metrics
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology

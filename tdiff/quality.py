@@ -25,9 +25,10 @@ from tdiff.errors import ConfigError
 from tdiff.evaluation.classifier import class_histograms, mean_entropy
 from tdiff.evaluation.frechet import Moments, frechet_distance, frechet_error
 from tdiff.evaluation.precision import NEIGHBOURS, precision_recall
+from tdiff.hardware import one_thread
 from tdiff.judging import Say, extractor_facts, extractor_of, shared
 from tdiff.runs import Run
-from tdiff.seeds import one_thread, permutation, seed_of
+from tdiff.seeds import permutation, seed_of
 from tdiff.work.judging import Extractor, Member, Seen, nearest_of, see_shard, see_split
 from tdiff.work.reading import open_split
 from tdiff.work.sampling import SampleJob, read_samples

@@ -26,10 +26,11 @@ from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
 from tdiff.figures.plots import grid, save
+from tdiff.hardware import one_thread
 from tdiff.judging import Say
 from tdiff.quality import Fold
 from tdiff.runs import Run
-from tdiff.seeds import one_thread, seed_of
+from tdiff.seeds import seed_of
 from tdiff.tracking import read_metrics
 from tdiff.tree.topology import Topology
 from tdiff.work import drawing, scoring, showing

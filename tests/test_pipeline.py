@@ -28,6 +28,7 @@ from tdiff.config import Config
 from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.sources import Source, Split
 from tdiff.errors import ConfigError, DataError
+from tdiff.hardware import computes_in_bf16
 from tdiff.opening import bf16_for, digest_of, only_driver, open_data, opened, tracking_uri
 from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
@@ -35,7 +36,6 @@ from tdiff.runs import Run
 from tdiff.tracking import Mirror
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import deepspeed_settings
-from tdiff.work.reading import computes_in_bf16
 
 
 def open_run(config: Config, fresh: bool = False) -> Run:

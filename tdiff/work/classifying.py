@@ -27,9 +27,10 @@ from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import DataError
 from tdiff.evaluation.classifier import ClassifierSpec, Network, flip, shift
+from tdiff.hardware import device
 from tdiff.seeds import seed_of
 from tdiff.tree.model import evaluating, norms
-from tdiff.work.reading import as_images, device, open_split
+from tdiff.work.reading import as_images, open_split
 
 PHASE = "classifier"
 

@@ -32,13 +32,14 @@ from tdiff.data.order import Order
 from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import ConfigError
+from tdiff.hardware import device
 from tdiff.seeds import seed_of
 from tdiff.tree.contrastive import decision_loss, feature_loss
 from tdiff.tree.growth import EFFECTIVE_SHARE, leaf_reach, members, node_reach
 from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
 from tdiff.tree.model import TreeVAE, evaluating, norms, pick
 from tdiff.tree.topology import Topology
-from tdiff.work.reading import as_images, device, open_split
+from tdiff.work.reading import as_images, open_split
 
 DECISION_BLOCK = 512
 """Images per forward pass where decisions are computed: fixed, so that the same weights give the same numbers."""

@@ -24,8 +24,9 @@ from tdiff.data.stream import Reader
 from tdiff.evaluation.frechet import Moments
 from tdiff.evaluation.inception import Inception
 from tdiff.evaluation.nearest import nearest_training_images
+from tdiff.hardware import device
 from tdiff.work.classifying import load_classifier
-from tdiff.work.reading import as_images, device, open_split
+from tdiff.work.reading import as_images, open_split
 from tdiff.work.sampling import SampleJob, draw_shard, read_shard
 
 ROWS = 50

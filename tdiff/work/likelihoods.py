@@ -20,11 +20,12 @@ from tdiff.config import Config
 from tdiff.data.shards import read_manifest
 from tdiff.data.stream import Reader
 from tdiff.errors import NonFiniteError
+from tdiff.hardware import device
 from tdiff.seeds import generator, permutation
 from tdiff.tree.likelihood import bits_per_dimension, dequantised, log_likelihood
 from tdiff.tree.model import TreeVAE
 from tdiff.work.growing import load_tree
-from tdiff.work.reading import as_images, device, open_split
+from tdiff.work.reading import as_images, open_split
 
 BLOCK = 50
 """Images per task that have many samples each: fixed, as their noise is drawn together."""

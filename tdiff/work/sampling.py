@@ -45,12 +45,13 @@ from tdiff.diffusion.samplers import (
     time_grid,
 )
 from tdiff.errors import DataError
+from tdiff.hardware import device
 from tdiff.seeds import generator
 from tdiff.tree.encoding import ImageArray, as_floats
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
-from tdiff.work.reading import as_images, device
+from tdiff.work.reading import as_images
 from tdiff.work.snapshots import rebuild
 
 Mode = Literal["sample", "sample-all-leaves", "reconstruct", "reconstruct-all-leaves"]
