@@ -23,7 +23,7 @@ def test_a_benchmark_starts(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["diffusion", "tree"])
 def test_those_of_the_models_need_torch_alone(name: str, tmp_path: Path) -> None:
     """Machines with a GPU often have nothing else (but scikit-learn, whose digits are grown on)."""
-    missing = ("ray", "deepspeed", "webdataset", "mlflow", "pydantic", "fsspec", "s3fs", "threadpoolctl")
+    missing = ("ray", "deepspeed", "webdataset", "mlflow", "pydantic", "fsspec", "s3fs")
     without = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); "
     without += (
         f"sys.argv[1:] = ['--help']; runpy.run_path({str(BENCHMARKS[0].parent / name)!r} + '.py', run_name='__main__')"
