@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tdiff.diffusion.condition import CONDITIONS
+from tdiff.diffusion.condition import KNOWN_CONDITIONS
 from tdiff.diffusion.process import Objective, make_process
 from tdiff.diffusion.samplers import Grid, Sampler, Start, check_eta
 from tdiff.diffusion.unet import UNetSpec
@@ -95,7 +95,7 @@ class Tree(Section):
 class Diffusion(Section):
     images: int = Field(75_000, ge=1, description="how many images to train on, repeats counted")
     epochs: int | None = Field(None, ge=1, description="passes through the training images; instead of `images`")
-    condition: str = Field("path", description="what the U-Net is told")
+    condition: str = Field("path", description="what the U-Net is told: of the tree, or of a control's labels")
     node_encoding: Literal["index", "embedding"] = "embedding"
     objective: Objective = Field("noise", description="what the U-Net predicts; edm: preconditioned, in noise levels")
     min_snr: float | None = Field(None, gt=0, description="gamma of the min-SNR weighting of noise and v, 5 is usual")
@@ -239,9 +239,10 @@ class Config(Section):
                 f"tree.max_leaves={self.tree.max_leaves} is more than the {deepest} leaves that tree.features="
                 f"{self.tree.features} allow: take tree.features={needed} or more"
             )
-        if self.diffusion.condition not in CONDITIONS:
+        if self.diffusion.condition not in KNOWN_CONDITIONS:
             raise ValueError(
-                f"diffusion.condition={self.diffusion.condition!r} is not known: take one of {', '.join(CONDITIONS)}"
+                f"diffusion.condition={self.diffusion.condition!r} is not known: take one of "
+                f"{', '.join(KNOWN_CONDITIONS)}"
             )
         try:
             make_process(self.diffusion.objective, self.diffusion.timesteps, self.diffusion.min_snr)
@@ -328,7 +329,7 @@ class Config(Section):
                 attention=section.attention,
                 heads=section.heads,
                 dropout=section.dropout,
-                condition_channels=channels if CONDITIONS[section.condition].recon else 0,
+                condition_channels=channels if KNOWN_CONDITIONS[section.condition].recon else 0,
             )
         except ValueError as error:
             raise ValueError(f"diffusion.{error}") from error

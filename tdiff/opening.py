@@ -25,6 +25,7 @@ from tdiff.errors import ConfigError, DataError
 from tdiff.hardware import computes_in_bf16
 from tdiff.packing import pack
 from tdiff.runs import Run, existing
+from tdiff.work import labels
 from tdiff.work.diffusing import deepspeed_settings
 from tdiff.work.growing import check
 
@@ -200,6 +201,7 @@ def check_size(config: Config, name: str, images: int, shape: tuple[int, int, in
     """Raises ConfigError where growing on data of that many training images of [I, H, H] could not even begin."""
     try:
         check(config, name, images, shape)
+        labels.check(config, images, shape)
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 

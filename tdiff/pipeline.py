@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tdiff import config as configs
 from tdiff import launch, results, storage
 from tdiff.config import Config
+from tdiff.diffusion.condition import CONTROLS
 from tdiff.errors import ConfigError
 from tdiff.hardware import one_thread
 from tdiff.launch import workers_for
@@ -29,6 +30,7 @@ from tdiff.work import scoring
 from tdiff.work.diffusing import PHASE as DIFFUSION
 from tdiff.work.diffusing import DiffusionPhase, deepspeed_settings, diffuse
 from tdiff.work.growing import GrowingPhase, Kind, grow, load_decisions, load_routing, load_topology, prune
+from tdiff.work.labels import write_labels
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
@@ -148,6 +150,8 @@ class Driver:
         bf16, tree_url = self.run.record()["bf16"], self.run.grown_tree
         phase = DiffusionPhase(url, tree_url, self.data_url, self.config, bf16, settings)
         started = time.time()
+        if self.config.diffusion.condition in CONTROLS:
+            write_labels(url, self.config, self.data_url, tree_url)
         launch.fit(diffuse, phase, workers, url, self.say)
         self._finish(url, DIFFUSION, started)
 

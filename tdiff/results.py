@@ -22,6 +22,7 @@ from safetensors.numpy import save as save_arrays
 from tdiff import config as configs
 from tdiff import judging, launch, quality, storage
 from tdiff.data.shards import Manifest, Shard, read_manifest
+from tdiff.diffusion.condition import CLUSTERS
 from tdiff.errors import ConfigError
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
@@ -54,7 +55,7 @@ def standard_jobs(run: Run) -> dict[str, SampleJob]:
     """Name in RUN/samples -> what a run draws for its numbers and pictures.
 
     The TreeVAE's own images come with every sample, of the same leaf; those that stand for the TreeVAE alone are drawn
-    apart, of the most probable leaf.
+    apart, of the most probable leaf. A diffusion model that is told k-means clusters draws nothing leaf by leaf.
     """
     wanted, seed = run.config().samples, run.config().seed
     splits = read_manifest(run.record()["data_url"])
@@ -68,6 +69,8 @@ def standard_jobs(run: Run) -> dict[str, SampleJob]:
         if held_out:
             name = f"{prefix}reconstructions"
             jobs[name] = sample_job(run, name, model=model, mode="reconstruct", num=held_out)
+    if run.config().diffusion.condition in CLUSTERS:
+        return jobs
     jobs["root-draws"] = sample_job(run, "root-draws", mode="sample-all-leaves", num=wanted.draws_all_leaves)
     for leaf in range(jobs["prior"].leaves):
         name = f"leaf-{leaf:02d}"
@@ -269,9 +272,10 @@ def figures(run: Run) -> None:
         if not unfinished(jobs):
             samples = _shown_samples(jobs)
             of_leaves = [samples[name] for name in samples if name.startswith("leaf-")]
-            predicted = _predicted(evaluation(run), len(topology.leaves))
-            drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves, predicted, run.manifest().classes or ())
-            drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
+            if of_leaves:
+                predicted = _predicted(evaluation(run), len(topology.leaves))
+                drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves, predicted, run.manifest().classes or ())
+                drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
             drawn["samples.png"] = drawing.side_by_side(shown.images, samples["prior"])
     for name, figure in drawn.items():
         storage.write_bytes(run.at("figures", name), save(figure))

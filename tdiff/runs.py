@@ -2,7 +2,7 @@
 
 RUN/config.yaml  run.json
     tree/00-root/ 01-split-1/ …   checkpoints/ model.safetensors tree.json routing.safetensors metrics/ COMPLETE
-    diffusion/                    checkpoints/ ema/ ema.safetensors unet.json metrics/ COMPLETE
+    diffusion/                    checkpoints/ ema/ ema.safetensors unet.json (labels.safetensors) metrics/ COMPLETE
     samples/NAME/                 shard-000000.tar … manifest.json grid.png COMPLETE
     evaluation.json  likelihood.safetensors  figures/  report/index.html
 RUNS/evaluation/classifiers/KEY/  classifier.safetensors classifier.json metrics/ COMPLETE (`tdiff.judging`)

@@ -16,7 +16,7 @@ from tdiff import config as configs
 from tdiff import storage
 from tdiff.data.shards import read_manifest
 from tdiff.data.sources import Source, Split
-from tdiff.diffusion.condition import Denoiser
+from tdiff.diffusion.condition import CONTROLS, Denoiser
 from tdiff.diffusion.ema import TRACKS
 from tdiff.packing import pack
 from tdiff.runs import Run
@@ -24,6 +24,7 @@ from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import denoiser_spec
 from tdiff.work.growing import decisions_bytes, decisions_of, save_tree
+from tdiff.work.labels import write_labels
 from tdiff.work.reading import as_images, open_split
 from tdiff.work.snapshots import Snapshots
 
@@ -82,6 +83,8 @@ def finished_run(folder: Path, denoiser: bool = True, channels: int = 1, setting
     _finish(url)
     if denoiser:
         spec, url = denoiser_spec(config, tree), run.at("diffusion")
+        if spec.condition in CONTROLS:
+            write_labels(url, config, data, run.grown_tree)
         kept = Snapshots(storage.join(url, "ema"), [10, 20], "")
         kept.start(0)
         for step, width in itertools.product([10, 20], TRACKS):

@@ -232,6 +232,22 @@ def test_specificity_of_pure_and_of_mixed_leaves() -> None:
     assert rare["classifier_entropy"] == 0
 
 
+def test_without_images_of_leaves_nothing_is_said_of_them(
+    tmp_path: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = classifier(tmp_path / "judge", 3)
+    monkeypatch.setattr(quality, "extractor_of", lambda *_: judge)
+    run = made_run(tmp_path, data, resamples=2)
+    made = {
+        name: samples(tmp_path / name, noise(50, k), np.arange(50) % 3, model=model)
+        for k, (name, model) in enumerate({"prior": "treediffusion", "treevae-prior": "treevae"}.items())
+    }
+    found = quality.measure(run, made, 1)
+    for model in ("treediffusion", "treevae"):
+        assert found[model]["classifier_frechet_gen"] > 0
+        assert not {"classifier_entropy", "classifier_confidence", "classifier_histograms"} & found[model].keys()
+
+
 @pytest.mark.parametrize("reference", ["test", "train"])
 def test_what_samples_are_held_against(tmp_path: Path, data: DataSet, reference: str) -> None:
     run = made_run(tmp_path, data, reference=reference, reference_images=90)

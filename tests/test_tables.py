@@ -337,6 +337,15 @@ def test_controls_beneath() -> None:
     assert {key: score.mean for key, score in real.ours.items()} == {"classifier_frechet_gen": 0.125, "fid_gen": 1.5}
 
 
+def test_what_a_control_is_told_stands_beneath_and_is_no_variant() -> None:
+    found = tables([entry(0), *(entry(seed, "kmeans-10", numbers=numbers(fid=20.0 + seed)) for seed in (0, 2))])
+    (row,) = rows_of(found, "controls", "Diffusion, kmeans-10")
+    assert (row.ours["fid_gen"].mean, row.n) == (21, 2)
+    assert rows_of(found, "1", "Diffusion, kmeans-10") == []
+    assert [row.method for row in named(found, "3").rows] == list(CONDITIONS)
+    assert rows_of(tables([entry(0)]), "controls", "Diffusion, path") == []
+
+
 def test_a_part_of_a_data_set_is_not_the_paper_s() -> None:
     whole = named(tables([entry()]), "1").note
     part = named(tables([entry(images={"train": 500, "test": 10_000})]), "1").note

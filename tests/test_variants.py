@@ -1,4 +1,4 @@
-"""Protects the ablation: every data set's config with every condition builds, trains, and moves every parameter.
+"""Protects the ablation and its controls: every config with every condition builds, trains, and moves every parameter.
 
 Two steps of a few random images each through a random tree, by the loop itself (its plain back-end). In the fast test
 the U-Nets are narrow; the slow one takes them as they are.
@@ -14,11 +14,12 @@ import torch
 
 from tdiff import engine
 from tdiff.config import Config, load
-from tdiff.diffusion.condition import CONDITIONS, Denoiser
+from tdiff.diffusion.condition import CLUSTERS, CONDITIONS, CONTROLS, Denoiser
 from tdiff.engine import Task
 from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work.diffusing import DiffusionObjective, denoiser_spec, leaf_reconstruction
+from tdiff.work.labels import Labels
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPES = {
@@ -50,13 +51,24 @@ def variant(stem: str, condition: str, *settings: str) -> Config:
     return load(str(CONFIGS / f"{stem}.yaml"), [f"diffusion.condition={condition}", "samples.guidance=0", *settings])
 
 
+def labels(config: Config, channels: int, size: int) -> Labels | None:
+    """What a control tells: random clusters, or THREE's leaves by their breadth-first positions."""
+    condition = config.diffusion.condition
+    if condition not in CONTROLS:
+        return None
+    if clusters := CLUSTERS.get(condition):
+        centres = torch.rand(clusters, channels * size * size)
+        return Labels(torch.full((clusters,), 1 / clusters), torch.arange(clusters), centres)
+    return Labels(torch.tensor([0.5, 0.3, 0.2]), torch.tensor([3, 4, 2]))
+
+
 def trained_two_steps(config: Config, channels: int, size: int) -> None:
     torch.manual_seed(0)
     tree = TreeVAE(config.tree_spec(channels, size), THREE)
     denoiser = Denoiser(denoiser_spec(config, tree))
     # Where anybody is told the null condition, it is half of all, and of more images: told and untold both move.
     count, dropped = (4, 0.5) if config.diffusion.condition_dropout else (2, 0.0)
-    objective = DiffusionObjective(denoiser, tree, dropped)
+    objective = DiffusionObjective(denoiser, tree, dropped, labels=labels(config, channels, size))
     for parameter in denoiser.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)  # what starts as 0 would keep what lies before it still
     before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
@@ -84,6 +96,16 @@ def test_every_sample_is_reconstructed_by_its_own_leaf() -> None:
 def test_narrow_variants_train(stem: str, condition: str) -> None:
     narrow = ["diffusion.width=16", "tree.latent_channels=4", "tree.feature_channels=8"]
     trained_two_steps(variant(stem, condition, *narrow), *SHAPES[stem])
+
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+@pytest.mark.parametrize("encoding", ["index", "embedding"])
+@pytest.mark.parametrize("condition", CONTROLS)
+def test_controls_train(condition: str, encoding: str, dropout: float) -> None:
+    narrow = ["diffusion.width=16", "tree.latent_channels=4", "tree.feature_channels=8"]
+    told = [f"diffusion.condition={condition}", f"diffusion.node_encoding={encoding}"]
+    dropped = [f"diffusion.condition_dropout={dropout}"]
+    trained_two_steps(load(str(CONFIGS / "fashion-mnist.yaml"), [*narrow, *told, *dropped]), 1, 28)
 
 
 @pytest.mark.slow

@@ -7,6 +7,9 @@ the leaf's latent, or the whole path (the default), whose embedding is
 
 `leaf` keeps the leaf's f_node alone, `latent` its f_embed alone, `leaf+latent` both. y is added to the time embedding.
 
+Beside the variants there are controls, which are told a label that is not the tree's as `leaf` is told the leaf's:
+kmeans-10 and kmeans-100 the image's k-means cluster on pixels, shuffled-leaf the leaf of another image.
+
 Legend: B batch, P nodes on a path (padded), I image channels, H = W image size, D latent channels,
 r latent size, E embedding width.
 """
@@ -65,15 +68,30 @@ CONDITIONS: dict[str, Condition] = {
 }
 
 
+CLUSTERS = {"kmeans-10": 10, "kmeans-100": 100}
+"""Control that tells an image's k-means cluster -> number of clusters."""
+
+CONTROLS = dict.fromkeys([*CLUSTERS, "shuffled-leaf"], Condition(leaf=True))
+"""Conditions that tell a label in the leaf's place (`label_path`)."""
+
+KNOWN_CONDITIONS = CONDITIONS | CONTROLS
+
+
+def label_path(label: Tensor) -> Path:
+    """Labels [B] as paths of one node without latents, by which a control is told them."""
+    nothing = torch.empty(len(label), 1, 0, device=label.device)
+    return Path(z=nothing, nodes=label[:, None], leaf=label, reach=nothing[:, 0])
+
+
 @dataclass(frozen=True)
 class DenoiserSpec:
     """All that a denoiser's shape depends on; as JSON it is unet.json. Raises ValueError for what cannot be built.
 
-    condition: a key of CONDITIONS. node_encoding: f_node reads the breadth-first position as one raw number
-    ("index", the public code) or a learned vector a node ("embedding"). nodes: in the final tree. latent_size:
-    numbers in one latent, D * r * r. null: whether samples can be told nothing, for guidance: a learned vector in
-    place of the embedding, 0 (grey) in place of the reconstruction. objective
-    and timesteps: what the outputs mean and the length of the schedule, without which they cannot be read.
+    condition: a key of KNOWN_CONDITIONS. node_encoding: f_node reads the breadth-first position as one raw number
+    ("index", the public code) or a learned vector a node ("embedding"). nodes: in the final tree, or clusters in their
+    place. latent_size: numbers in one latent, D * r * r. null: whether samples can be told nothing, for guidance: a
+    learned vector in place of the embedding, 0 (grey) in place of the reconstruction. objective and timesteps: what the
+    outputs mean and the length of the schedule, without which they cannot be read.
     """
 
     unet: UNetSpec
@@ -88,14 +106,14 @@ class DenoiserSpec:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
-        if self.condition not in CONDITIONS:
-            raise ValueError(f"condition is {self.condition!r}: choose one of {', '.join(CONDITIONS)}")
+        if self.condition not in KNOWN_CONDITIONS:
+            raise ValueError(f"condition is {self.condition!r}: choose one of {', '.join(KNOWN_CONDITIONS)}")
         if self.node_encoding not in NODE_ENCODINGS:
             raise ValueError(f"node_encoding is {self.node_encoding!r}: choose one of {', '.join(NODE_ENCODINGS)}")
         told = self.told
         if told.embeds_nodes and self.nodes < 1:
             raise ValueError(
-                f"nodes is {self.nodes}, but condition {self.condition!r} needs the tree's number of nodes"
+                f"nodes is {self.nodes}, but condition {self.condition!r} needs how many there are to tell apart"
             )
         if told.embeds_latents and self.latent_size < 1:
             raise ValueError(f"latent_size is {self.latent_size}, but condition {self.condition!r} embeds latents")
@@ -110,7 +128,7 @@ class DenoiserSpec:
     @property
     def told(self) -> Condition:
         """The condition that `condition` names."""
-        return CONDITIONS[self.condition]
+        return KNOWN_CONDITIONS[self.condition]
 
     def to_json(self) -> str:
         """unet.json: with the tensors it is the whole model."""
@@ -220,8 +238,9 @@ class Denoiser(nn.Module):
         """What a process tells the network (`Process.network_input`): images [B, I, H, H], a number for the time [B] ->
         its answer, [B, I, H, H] float32.
 
-        path and recon (the leaf's reconstruction, [B, I, H, H] in [0, 1]) are read only where the condition asks for
-        them. drop: [B] bool, samples told nothing of either. Raises ValueError if what the condition needs is missing.
+        path (of a control: `label_path`) and recon (the leaf's reconstruction, [B, I, H, H] in [0, 1]) are read only
+        where the condition asks for them. drop: [B] bool, samples told nothing of either. Raises ValueError if what the
+        condition needs is missing.
         """
         told = self.spec.told
         if (told.recon and recon is None) or (told.embeds and path is None):

@@ -19,6 +19,12 @@ def kmeans(train: ArrayLike, test: ArrayLike, clusters: int, seed: int) -> tuple
     return np.asarray(fitted.labels_, dtype=np.int64), np.asarray(fitted.predict(_flat(test)), dtype=np.int64)
 
 
+def kmeans_centres(images: NDArray[np.float32], clusters: int, seed: int, starts: int) -> NDArray[np.float32]:
+    """Centres [clusters, P] of images [M, P]: the best of so many starts."""
+    fitted = KMeans(clusters, n_init=starts, random_state=seed).fit(images.reshape(len(images), -1))
+    return np.asarray(fitted.cluster_centers_, dtype=np.float32)
+
+
 def ward(images: ArrayLike, clusters: int) -> Integers:
     """Clusters of images [M, P] by Ward's agglomeration.
 

@@ -439,6 +439,8 @@ def _controls(sets: Sequence[DataSet]) -> Table:
     rows: list[Row] = []
     for of in sets:
         rows += _tree_rows(of, (), clusters)
+        for condition in sorted({entry.condition for entry in of.entries} - set(CONDITIONS)):
+            rows += _condition_rows(of, condition, samples, {}, _of_samples("treediffusion"))
         names = tuple(entry.run for entry in of.entries)
         for key, title in (("kmeans_test", "k-means on pixels"), ("ward_test", "Ward on pixels")):
             ours = _scores(of.entries, clusters, _of_clusters(key), lambda entry: entry.seed)

@@ -1,7 +1,8 @@
 """Training the diffusion model of a finished tree, as every worker of its Ray job runs it.
 
-Reads the tree's folder and the shards; writes `ema.safetensors` and `unet.json`, all that sampling needs, and
-snapshots of two EMAs from which any other width can be had (`tdiff.work.snapshots`).
+Reads the tree's folder and the shards, and a control's labels (`tdiff.work.labels`); writes `ema.safetensors` and
+`unet.json`, all else that sampling needs, and snapshots of two EMAs from which any other width can be had
+(`tdiff.work.snapshots`).
 
 Legend: B batch, L leaves, I image channels, H image size.
 """
@@ -24,7 +25,7 @@ from tdiff.config import Config, Diffusion
 from tdiff.data.order import Order
 from tdiff.data.shards import read_manifest
 from tdiff.data.stream import Batches
-from tdiff.diffusion.condition import CONDITIONS, Denoiser, DenoiserSpec
+from tdiff.diffusion.condition import CLUSTERS, CONTROLS, KNOWN_CONDITIONS, Denoiser, DenoiserSpec
 from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_width, power_decay, snapshot_steps
 from tdiff.diffusion.process import make_process
 from tdiff.engine import Batch, Task, Worker
@@ -33,6 +34,7 @@ from tdiff.seeds import permutation, seed_of
 from tdiff.tree.model import Path as TreePath
 from tdiff.tree.model import TreeVAE, Visit
 from tdiff.work.growing import load_tree
+from tdiff.work.labels import Labels, read_labels
 from tdiff.work.reading import as_images, open_split
 from tdiff.work.snapshots import Snapshots
 
@@ -80,12 +82,12 @@ def deepspeed_settings(section: Diffusion) -> dict[str, Any]:
 def denoiser_spec(config: Config, tree: TreeVAE) -> DenoiserSpec:
     """The denoiser's shape for a tree, by the config's section `diffusion`."""
     section, spec = config.diffusion, tree.spec
-    told = CONDITIONS[section.condition]
+    told = KNOWN_CONDITIONS[section.condition]
     return DenoiserSpec(
         unet=config.unet_spec(spec.channels, spec.image_size),
         condition=section.condition,
         node_encoding=section.node_encoding,
-        nodes=len(tree.topology.nodes),
+        nodes=CLUSTERS.get(section.condition, len(tree.topology.nodes)),
         latent_size=spec.latent_channels * spec.size**2,
         null=section.condition_dropout > 0 and (told.embeds or told.recon),
         objective=section.objective,
@@ -108,19 +110,28 @@ def leaf_reconstruction(tree: TreeVAE, visits: Mapping[int, Visit], leaf: Tensor
 
 
 class DiffusionObjective(nn.Module):
-    """The denoising loss, each image told its own path through the frozen tree, drawn anew every time.
+    """The denoising loss, each image told its own path through the frozen tree, drawn anew every time; or its label,
+    where a control's `labels` are given.
 
     In evaluation mode nobody is told the null condition, and sums and counts of the samples' losses come along, by time
     (BINS equal shares of the times to train at) and by leaf.
     """
 
-    def __init__(self, denoiser: Denoiser, tree: TreeVAE, condition_dropout: float, min_snr: float | None = None):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        tree: TreeVAE,
+        condition_dropout: float,
+        min_snr: float | None = None,
+        labels: Labels | None = None,
+    ):
         super().__init__()
         self.denoiser = denoiser
         # In a tuple, so that it is no part of what is trained, moved, partitioned or saved.
         self._tree = (tree.eval().requires_grad_(False),)
         self.process = make_process(denoiser.spec.objective, denoiser.spec.timesteps, min_snr)
         self.condition_dropout = condition_dropout
+        self.labels = labels
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["images"]
@@ -128,13 +139,15 @@ class DiffusionObjective(nn.Module):
         told = self.denoiser.spec.told
         path: TreePath | None = None
         recon = drop = None
-        if told.embeds or told.recon or not self.training:
-            # The frozen tree speaks in full precision whatever the U-Net runs in.
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        of_tree = self.labels is None and (told.embeds or told.recon)
+        # The frozen tree speaks in full precision whatever the U-Net runs in.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            if of_tree or not self.training:
                 visits = tree.walk(images, rng)
                 path = tree.path(visits, rng)
                 if told.recon:
                     recon = leaf_reconstruction(tree, visits, path.leaf)
+            given = path if self.labels is None else self.labels.path(self.labels.of(images, rng))
         if self.denoiser.spec.null and self.training:
             drop = torch.rand(len(images), generator=rng, device=images.device) < self.condition_dropout
         x0 = 2 * images - 1
@@ -142,7 +155,7 @@ class DiffusionObjective(nn.Module):
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            output: Tensor = self.denoiser(x_t, t, path, recon, drop)
+            output: Tensor = self.denoiser(x_t, t, given, recon, drop)
             return output
 
         loss = self.process.loss(network, x0, t, noise)
@@ -220,7 +233,8 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
     denoiser.unet.recompute = section.recompute
     if section.compile:
         denoiser.unet.compile()  # in place: torch.compile would put its _orig_mod into the tensors' names
-    objective = DiffusionObjective(denoiser, tree, section.condition_dropout, section.min_snr)
+    labels = read_labels(phase.url) if section.condition in CONTROLS else None
+    objective = DiffusionObjective(denoiser, tree, section.condition_dropout, section.min_snr, labels)
     order = Order(train.counts(), section.batch, section.slots, config.seed, PHASE, config.data.block)
     steps = steps_of(section, len(train))
     images = Batches(train, order, steps)

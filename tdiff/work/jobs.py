@@ -10,6 +10,7 @@ from typing import Any
 
 from tdiff import storage
 from tdiff.config import Config
+from tdiff.diffusion.condition import CLUSTERS
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS, check_eta
 from tdiff.errors import ConfigError
 from tdiff.runs import Run
@@ -104,6 +105,14 @@ def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> No
             f"guidance={chosen['guidance']:g} needs a model that was sometimes told nothing: train one with "
             "diffusion.condition_dropout=0.1."
         )
+    if spec.condition in CLUSTERS:
+        asked = [f"{key}={chosen[key]}" for key in ("leaf", "node") if chosen[key] is not None]
+        asked += [f"mode={chosen['mode']}"] if chosen["mode"].endswith("all-leaves") else []
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} asks for leaves, and the model of diffusion.condition={spec.condition} knows none: leave "
+                "it out, or take model=treevae."
+            )
     if (interval := chosen["guidance_interval"]) and not 0 <= interval[0] <= interval[1]:
         raise ConfigError(f"guidance_interval={list(interval)} must be two rising noise levels of at least 0.")
     if chosen["ema"] == config.diffusion.ema and config.diffusion.ema_decay is None:

@@ -5,7 +5,8 @@ fixed size from a generator seeded by (seed, shard), a surplus at the end is cut
 So shards can be made by any number of workers, in any order, and again.
 
     SAMPLES/shard-000000.tar   members KEY.png (the sample), KEY.treevae.png (the TreeVAE's own image for the same
-                               latents), KEY.json (index, draw, leaf, path, reach, seed)
+                               latents), KEY.json (index, draw, leaf, path, reach, seed; of a control also the label
+                               that the denoiser is told, while leaf is the TreeVAE's)
 
 Legend: B batch, L leaves, I image channels, H image size.
 """
@@ -31,7 +32,7 @@ from tdiff.data.decode import samples_of
 from tdiff.data.images import decoded, png_bytes
 from tdiff.data.shards import Shard, read_manifest
 from tdiff.data.stream import Reader
-from tdiff.diffusion.condition import Denoiser, DenoiserSpec
+from tdiff.diffusion.condition import CONTROLS, Denoiser, DenoiserSpec
 from tdiff.diffusion.process import Process, Time, make_process
 from tdiff.diffusion.samplers import (
     ALWAYS,
@@ -51,6 +52,7 @@ from tdiff.tree.encoding import ImageArray, as_floats
 from tdiff.tree.model import Path, TreeVAE, Visit
 from tdiff.work.diffusing import leaf_reconstruction
 from tdiff.work.growing import load_tree
+from tdiff.work.labels import read_labels
 from tdiff.work.reading import as_images
 from tdiff.work.snapshots import rebuild
 
@@ -209,14 +211,19 @@ def _drawn(
     here = device()
     rng = generator("sample", job.seed, shard, device=here)
     first = shard * job.draws_per_shard
+    images = _to_reconstruct(job, first, given).to(here) if job.mode.startswith("reconstruct") else None
     visits: Mapping[int, Visit]
-    if job.mode.startswith("reconstruct"):
-        visits = tree.walk(_to_reconstruct(job, first, given).to(here), rng)
-    else:
-        visits = tree.descend(job.draws_per_shard, rng)
+    visits = tree.descend(job.draws_per_shard, rng) if images is None else tree.walk(images, rng)
     if job.node is not None:
         visits = tree.redrawn_below(job.node, visits, rng)
     noise = torch.randn(job.draws_per_shard, *_image_shape(tree), generator=rng, device=here)
+
+    labels = label = None
+    if denoiser is not None and denoiser.spec.condition in CONTROLS:
+        labels = read_labels(job.diffusion_url)
+        # By a generator of its own: the latents and the noise are those of the other conditions.
+        own_rng = generator("label", job.seed, shard, device=here)
+        label = labels.drawn(len(noise), own_rng) if images is None else labels.of(images, own_rng)
 
     entries: list[dict[str, object]] = []
     samples, plain = [], []
@@ -233,9 +240,15 @@ def _drawn(
         if denoiser is None:
             samples.append(plain[-1])
         else:
-            samples.append(_pixels((_denoised(job, denoiser, noise, path, own, rng) + 1) / 2)[:kept])
-        draws = range(first, first + kept)
-        entries += [_entry(job, tree, path, draw, row, draw * len(each) + place) for row, draw in enumerate(draws)]
+            told = path
+            if labels is not None and label is not None:
+                if leaf is not None or job.node is not None:
+                    label = path.leaf  # leaves are asked for
+                told = labels.path(label)
+            samples.append(_pixels((_denoised(job, denoiser, noise, told, own, rng) + 1) / 2)[:kept])
+        for row, draw in enumerate(range(first, first + kept)):
+            entry = _entry(job, tree, path, draw, row, draw * len(each) + place)
+            entries.append(entry if label is None else entry | {"label": int(label[row])})
     return Samples(np.concatenate(samples), np.concatenate(plain), entries)
 
 
