@@ -281,10 +281,15 @@ def figures(run: Run) -> None:
         storage.write_bytes(run.at("figures", name), save(figure))
 
 
+def pictures(run: Run) -> list[str]:
+    """Names of the pictures that are in RUN/figures, in the order in which they are looked at."""
+    there = storage.listing(run.at("figures"))
+    return [name for name in drawing.FIGURES if name in there]
+
+
 def shown(run: Run) -> dict[str, bytes]:
     """The pictures and the report of a finished run, by their path in it."""
-    there = storage.listing(run.at("figures"))
-    names = [f"figures/{name}" for name in drawing.FIGURES if name in there]
+    names = [f"figures/{name}" for name in pictures(run)]
     return {name: storage.read_bytes(run.at(name)) for name in [*names, "report/index.html"]}
 
 

@@ -7,7 +7,7 @@ import time
 from tdiff import cli, config
 from tdiff.cli import console
 from tdiff.pipeline import STAGES, Outcome, train
-from tdiff.results import table
+from tdiff.results import pictures, table
 
 
 def settings_help() -> str:
@@ -37,7 +37,7 @@ def _show(outcome: Outcome, seconds: float) -> None:
     if outcome.numbers is not None:
         console.print()
         cli.show_tables(table(outcome.numbers))
-        console.print(f"pictures  {run.at('figures')}/tree.png  leaves.png  root-draw.png  samples.png")
+        console.print(f"pictures  {run.at('figures')}/{'  '.join(pictures(run))}")
         console.print(f"report    {run.at('report', 'index.html')}")
     console.print(f"run       {run.url}")
     console.print(f"MLflow    {outcome.tracking}  (make ui)")

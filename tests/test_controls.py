@@ -317,7 +317,7 @@ def test_a_run_s_own_samples_and_pictures(tmp_path: Path, condition: str) -> Non
         _complete(job, [draw_shard(job, shard) for shard in range(job.shards)])
     results.figures(run)
     pictures = {"leaves.png", "root-draw.png"}
-    drawn = set(storage.listing(run.at("figures")))
+    drawn = set(results.pictures(run))
     assert "samples.png" in drawn
     assert pictures <= drawn if condition == "shuffled-leaf" else not pictures & drawn
     page = Path(results.report(run)).read_text()

@@ -452,6 +452,7 @@ def _controls(sets: Sequence[DataSet]) -> Table:
     note = [
         "ACC … leaf purity: of the test images. k-means and Ward are told how many classes there are, the tree is not.",
         "Ward is fitted to the images that it is scored on.",
+        "Diffusion, kmeans-… or shuffled-leaf: told the image's cluster, or another image's leaf, in the tree's place.",
         "n: seeds; of TreeVAE: trees.",
         *_notes(sets),
     ]
