@@ -21,14 +21,13 @@ from tdiff import storage
 from tdiff.config import Config
 from tdiff.data.stream import Reader
 from tdiff.diffusion.condition import CLUSTERS, label_path
-from tdiff.evaluation.controls import kmeans_centres
+from tdiff.evaluation.controls import KMEANS_VALUES, kmeans_centres
 from tdiff.hardware import device, one_thread
 from tdiff.seeds import permutation, seed_of
 from tdiff.tree.growth import leaf_reach
 from tdiff.tree.model import Path
 from tdiff.work.growing import DECISION_BLOCK, load_routing, load_topology
 from tdiff.work.reading import as_images, open_split
-from tdiff.work.scoring import KMEANS_VALUES
 
 FILE = "labels.safetensors"
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
-from tdiff.evaluation.controls import kmeans, ward
+from tdiff.evaluation.controls import KMEANS_VALUES, kmeans, ward
 from tdiff.seeds import permutation, seed_of
 from tdiff.tree.growth import effective_leaves, leaf_reach
 from tdiff.tree.topology import Topology
@@ -19,9 +19,6 @@ from tdiff.work.growing import Decisions
 
 Gather = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 """ids -> images [M, I, H, H]."""
-
-KMEANS_VALUES = 50_000_000
-"""Pixel values that k-means is fitted to at most: 0.4 GB, 63,775 images of 28x28."""
 
 WARD_IMAGES = 10_000
 """Images that Ward is fitted to at most: its memory grows with their square (0.8 GB for so many)."""
