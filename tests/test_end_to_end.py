@@ -210,7 +210,7 @@ def test_killed_and_resumed_equals_straight_through(straight: Path, tmp_path: Pa
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as driver:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 400
             while not sign.exists() and time.monotonic() < deadline:
                 assert driver.poll() is None, f"the run ended before {sign.name} appeared"
                 time.sleep(0.02)
