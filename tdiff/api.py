@@ -32,14 +32,15 @@ from tdiff.work.sampling import Model, Samples, draw_here, open_denoiser, open_t
 class Options(TypedDict, total=False):
     """What can be said about drawing; what is not said is the run's own setting.
 
-    model: "treevae" draws with the tree alone, and so without a diffusion model. sampler, grid, start, steps (times of
-    the grid), guidance (its weight) with guidance_interval (noise levels): how to denoise. ema: width of the average
-    whose weights draw. batch: images drawn at a time, on which a sample depends.
+    model: "treevae" draws with the tree alone, and so without a diffusion model. sampler, eta (of ddim), grid, start,
+    steps (times of the grid), guidance (its weight) with guidance_interval (noise levels): how to denoise. ema: width
+    of the average whose weights draw. batch: images drawn at a time, on which a sample depends.
     """
 
     seed: int | None
     model: Model | None
     sampler: Sampler | None
+    eta: float | None
     steps: int | None
     grid: Grid | None
     start: Start | None

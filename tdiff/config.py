@@ -168,7 +168,7 @@ class Evaluation(Section):
     likelihood_images: int = Field(1000, ge=0, description="held-out images whose log-likelihood is estimated")
     likelihood_samples: int = Field(100, ge=2, description="importance samples for each of them")
     features: tuple[Literal["classifier", "inception"], ...] = Field(
-        ("classifier",), description="networks whose features samples are judged in: inception gives FID"
+        ("classifier",), min_length=1, description="networks whose features samples are judged in: inception gives FID"
     )
     inception: str | None = Field(
         None, description="torch-fidelity's InceptionV3 weights, local or s3://; default: they are downloaded"

@@ -170,7 +170,7 @@ def _distances(section: Evaluation, extractor: Extractor, seen: Sequence[Seen], 
     elif section.resamples > 1 and len(first.features) == first.moments.n and first.features.shape[1] <= MOST_RESAMPLED:
         seed = seed_of("bootstrap", end)
         found[f"{name}_{end}_error"] = frechet_error(first.features, reference.moments, section.resamples, seed)
-    pairs = [_nearest(one.features, reference.features) for one in seen]
+    pairs = [_as_many(one.features, reference.features) for one in seen]
     if min(len(part) for pair in pairs for part in pair) > NEIGHBOURS:
         both = [precision_recall(*pair) for pair in pairs]
         found[f"{extractor.kind}_precision_{end}"] = float(np.mean([one.precision for one in both]))
@@ -178,7 +178,7 @@ def _distances(section: Evaluation, extractor: Extractor, seen: Sequence[Seen], 
     return found
 
 
-def _nearest(generated: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _as_many(generated: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """As many features on both sides: precision and recall depend on how many there are."""
     count = min(len(generated), len(reference))
     return generated[:count], reference[:count]
@@ -218,12 +218,11 @@ def measure(run: Run, jobs: Mapping[str, SampleJob], workers: int, say: Say = pr
     if not models:
         return {}
     split, count = reference_of(run)
-    drawn = {name: job.num for name, job in jobs.items() if "-" not in name}
     return {
         "reference": {"split": split, "images": count},
-        "draws": drawn["prior"],
+        "draws": jobs["prior"].num,
         "blocks": config.samples.blocks,
-        "reconstructions": drawn.get("reconstructions", 0),
+        "reconstructions": jobs["reconstructions"].num if "reconstructions" in jobs else 0,
         "per_leaf": config.samples.per_leaf,
         **facts,
         **models,

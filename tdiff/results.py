@@ -38,7 +38,7 @@ from tdiff.work import drawing, scoring, showing
 from tdiff.work.drawing import Pictured, pictured
 from tdiff.work.growing import load_decisions, load_routing, load_topology
 from tdiff.work.jobs import Settings, sample_job
-from tdiff.work.judging import Extractor, Kind, draw_and_see
+from tdiff.work.judging import DISTANCES, Extractor, Kind, draw_and_see
 from tdiff.work.likelihoods import LikelihoodJob, joined, likelihood_block
 from tdiff.work.likelihoods import summary as likelihood_summary
 from tdiff.work.reading import open_split
@@ -217,7 +217,7 @@ def likelihood(run: Run, workers: int) -> Settings:
     on Ray actors. Every image's own numbers go to RUN/likelihood.safetensors.
     """
     config, record = run.config(), run.record()
-    manifest = read_manifest(record["data_url"])
+    manifest = run.manifest()
     split = "test" if "test" in manifest.splits else "train"
     job = LikelihoodJob(run.grown_tree, record["data_url"], split, config)
     blocks = job.blocks()
@@ -477,10 +477,6 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
         tables.append(_nearest_table(near))
     tables.append(_seconds_table(numbers["seconds"]))
     return tables
-
-
-DISTANCES = {"classifier": "classifier_frechet", "inception": "fid"}
-"""What the Fréchet distance in each network's features is called in evaluation.json."""
 
 
 def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:

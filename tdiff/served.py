@@ -12,9 +12,9 @@ from typing import Any
 import mlflow.models
 import mlflow.pyfunc
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
+from tdiff.hardware import device
 from tdiff.tree.encoding import encode
 from tdiff.tree.model import TreeVAE
 
@@ -26,7 +26,7 @@ class Clusters(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         files = context.artifacts
         self.tree = TreeVAE.from_json(Path(files["tree"]).read_text())
         self.tree.load_state_dict(load_file(files["weights"]))
-        self.tree.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.tree.eval().to(device())
 
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> dict[str, np.ndarray]:
         return encode(self.tree, model_input)._asdict()

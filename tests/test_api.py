@@ -191,7 +191,7 @@ def test_images_become_floats_block_by_block(run: LoadedRun, monkeypatch: pytest
         {"leaf": 1, "seed": 5},
         {"node": 1, "sampler": "ddpm", "steps": 5},
         {"sampler": "dpm-solver++", "grid": "uniform", "guidance": 1.5, "guidance_interval": (0.1, 2.0)},
-        {"start": "recon", "batch": 4},
+        {"start": "recon", "batch": 4, "eta": 0.5},
         {"ema": 0.07},
         {"model": "treevae"},
     ],

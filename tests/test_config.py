@@ -271,6 +271,7 @@ def test_other_keys_that_are_none(setting: str):
         ("samples.eta=nan", "nan", "finite"),
         ("samples.guidance_interval=3", "3", "tuple"),
         ("samples.draws=1", "1", "2"),
+        ("evaluation.features=[]", "[]", "at least 1"),
         ("samples.steps=1", "1", "2"),
         # one of several
         ("data.name=imagenet", "'imagenet'", "'digits'"),

@@ -58,8 +58,8 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> str:
         for first, *rest in body
     )
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(title)}"><table><caption>{text(title)}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(title)}"><table><caption><span>{text(title)}'
+        f"</span></caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
 

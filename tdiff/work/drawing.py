@@ -54,12 +54,11 @@ class Pictured:
 def pictured(topology: Topology, left: NDArray[np.float32], gather: Callable[[Ids], NDArray[np.uint8]]) -> Pictured:
     """What to make pictures of, by the routing of all training images; gather: ids -> uint8 [P, I, H, H]."""
     leaf = leaf_reach(topology, left).argmax(1)
+    most = len(leaf) if len(leaf) <= PICTURED else max(1, PICTURED // len(topology.leaves))
     chosen, weights = [], []
     for k in range(len(topology.leaves)):
         members = np.flatnonzero(leaf == k)
-        few = np.sort(members[permutation(len(members), "pictured", k)[: max(1, PICTURED // len(topology.leaves))]])
-        if len(leaf) <= PICTURED:
-            few = members
+        few = members[permutation(len(members), "pictured", k)[:most]]
         chosen.append(few)
         weights.append(np.full(len(few), len(members) / max(len(few), 1)))
     ids = np.concatenate(chosen)

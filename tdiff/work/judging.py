@@ -33,7 +33,10 @@ ROWS = 50
 """Images that go through an extractor at once."""
 
 Kind = Literal["classifier", "inception"]
-KINDS: tuple[Kind, ...] = ("classifier", "inception")
+DISTANCES: dict[Kind, str] = {"classifier": "classifier_frechet", "inception": "fid"}
+"""What the Fréchet distance in a network's features is called: FID is the one in Inception's."""
+
+KINDS = tuple(DISTANCES)
 Member = Literal["png", "treevae.png"]
 
 
@@ -47,8 +50,8 @@ class Extractor:
 
     @property
     def distance(self) -> str:
-        """What the Fréchet distance in its features is called: FID is the one in Inception's."""
-        return "fid" if self.kind == "inception" else "classifier_frechet"
+        """What the Fréchet distance in its features is called."""
+        return DISTANCES[self.kind]
 
 
 @dataclass(frozen=True)
