@@ -1,8 +1,6 @@
 # The one image of head, workers and MLflow: docker build -t tdiff:0.1.0 .
-FROM python:3.11-slim
-
-# What every manifest says in rayVersion: head, workers and whoever submits must run the same.
-ARG RAY_VERSION=2.60.0
+# Its digest is known only where it is pulled from: FROM python:…@sha256:… in a registry of your own.
+FROM python:3.11.14-slim-bookworm
 
 # HOME is the one folder that is writable when the root file system is not.
 ENV HOME=/tmp \
@@ -12,18 +10,28 @@ ENV HOME=/tmp \
 
 WORKDIR /app
 
-# Gigabytes, rebuilt only when pyproject.toml changes. Into the system's Python, so that `ray` is on every shell's
-# PATH; bytecode compiled, since every Ray worker imports thousands of modules.
-COPY pyproject.toml ./
-RUN pip install --no-cache-dir "uv>=0.8,<1" \
-    && uv pip install --system --no-cache --compile-bytecode -r pyproject.toml "ray==${RAY_VERSION}"
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tdiff \
+    && pip install --no-cache-dir "uv>=0.8,<1"
 
-# Kilobytes, rebuilt with the code.
-COPY LICENSE README* ./
+# Layers from the largest and stillest to the smallest. Into the system's Python, so that `ray` is on every shell's PATH;
+# bytecode compiled, since every Ray worker imports thousands of modules. torch brings CUDA's libraries: gigabytes, which
+# another version of anything else leaves where they are.
+RUN uv pip install --system --no-cache --compile-bytecode "torch>=2.14,<3" "torchvision>=0.29,<1"
+
+# What every manifest says in rayVersion: head, workers and whoever submits must run the same.
+ARG RAY_VERSION=2.60.0
+
+# No compiler and no nvcc: what DeepSpeed would compile when it is first used (its own Adam, offloading, quantising) is
+# never used. tdiff/engine.py gives it torch's Adam, refuses settings for the rest, and on CPUs keeps it from building its
+# shared-memory op. `cluster` is what MLflow needs for PostgreSQL; boto3, for S3, is there anyway.
+COPY pyproject.toml /src/
+RUN uv pip install --system --no-cache --compile-bytecode -r /src/pyproject.toml --extra cluster "ray==${RAY_VERSION}"
+
+# Kilobytes, rebuilt with the code. One copy of it: where Python looks first, in the working directory, lie the configs.
 COPY configs configs
-COPY tdiff tdiff
-RUN uv pip install --system --no-cache --no-deps --compile-bytecode . \
-    && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tdiff
+COPY LICENSE README* pyproject.toml /src/
+COPY tdiff /src/tdiff
+RUN uv pip install --system --no-cache --no-deps --compile-bytecode /src && rm -r /src
 
 USER 10001:10001
 
