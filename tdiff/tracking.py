@@ -1,13 +1,16 @@
 """Metrics: JSONL in the run folder first, MLflow as its mirror.
 
-Workers only write JSONL, one part per resume checkpoint, so that a resumed run neither loses nor doubles a
-step. The driver mirrors finished phases to MLflow: workers need neither its import (seconds) nor its address.
+Workers only write JSONL, one part per resume checkpoint and one at the end, so that a resumed run neither loses nor
+doubles a step. The driver mirrors the parts that are there to MLflow: workers need neither its import (seconds) nor its
+address. Where a run is in MLflow, and what comes there after it: `tdiff.mirroring`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -20,8 +23,50 @@ from typing import Any
 import numpy as np
 
 from tdiff import storage
-from tdiff.errors import ConfigError
+from tdiff.errors import ConfigError, without_passwords
 from tdiff.tree.model import TreeVAE
+
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description, in Markdown."""
+
+FILES = "tdiff.files"
+"""The tag that tells which pictures and report MLflow has: a digest of their content."""
+
+PAUSE = 30.0
+"""Seconds without tries after one that MLflow did not take: a start must not wait for it at every phase again."""
+
+Sample = tuple[str, float, dict[str, float]]
+"""What a node was busy with: its name, the Unix time in seconds, values by name (`tdiff.nodes`)."""
+
+ABOUT_RUN = """\
+**{name}**: a TreeDiffusion run on `{data}`{leaves}. Its phases are the runs below it, named {name}/PHASE.
+
+| metrics here | unit |
+|---|---|
+| `clustering.…` | shares from 0 to 1, more is better; of the tree, and of k-means and Ward for scale |
+| `likelihood.elbo`, `likelihood.log_likelihood` | nats per image, more is better |
+| `samples.…frechet…` | squared distance in the features of the network in its name, less is better |
+| `samples.…precision…`, `samples.…recall…`, `…confidence…` | shares from 0 to 1, more is better |
+| `samples.…entropy…` | nats, less is better |
+| `generated.NAME.…` | the same for what `tdiff.generate --fid` drew into samples/NAME |
+| `…_error` | standard error of the metric without this ending |
+| `seconds.…` | seconds of wall time |
+| `system/NODE/…` | as their names say, of a whole machine; the step is the seconds since the run began |
+"""
+
+ABOUT_PHASE = """\
+The step is the optimizer's step.
+
+| metrics | unit |
+|---|---|
+| `loss`, `reconstruction`, `kl_…` of the tree | nats per image, mean over the steps since the last line |
+| `loss`, `validation/loss` of the diffusion | squared error per value, weighted as `diffusion.objective` says |
+| `validation/leaf-…`, `validation/time-…` | the same, by leaf and by tenth of the noising time, least noise first |
+| `images` | images seen since the phase began |
+| `alpha` | weight of the KL terms, 0 to 1 |
+| `share/NODE`, `train_share/NODE` | share of the held-out or training images that reach a node |
+| `wall_seconds`, `overhead_seconds` | seconds of the phase's last start; of it what was not steps |
+"""
 
 
 class MetricParts:
@@ -35,11 +80,20 @@ class MetricParts:
         if self.url is not None:
             self.lines.append(json.dumps(values))
 
+    def writer(self, step: int) -> Callable[[], None]:
+        """What writes the lines so far since the last part, now or later; until it has, they are kept."""
+        count = len(self.lines)
+
+        def write() -> None:
+            if self.url is not None and count:
+                storage.write_text(storage.join(self.url, part_name(step)), "\n".join(self.lines[:count]) + "\n")
+            del self.lines[:count]
+
+        return write
+
     def write(self, step: int) -> None:
         """Writes the lines since the last part."""
-        if self.url is not None and self.lines:
-            storage.write_text(storage.join(self.url, part_name(step)), "\n".join(self.lines) + "\n")
-        self.lines.clear()
+        self.writer(step)()
 
     def drop_beyond(self, step: int) -> None:
         """Removes parts that a killed run wrote after the checkpoint it is resumed from."""
@@ -53,10 +107,13 @@ def part_name(step: int) -> str:
     return f"{step:09d}.jsonl"
 
 
-def read_metrics(url: str) -> list[dict[str, Any]]:
-    """All metric lines of a phase's folder, in order of steps."""
-    names = [name for name in storage.listing(url) if name.endswith(".jsonl")]
-    return [json.loads(line) for name in names for line in storage.read_text(storage.join(url, name)).splitlines()]
+def read_metrics(url: str, after: int = -1) -> list[dict[str, Any]]:
+    """The metric lines of a phase's folder beyond the step `after`, in order; parts without any are not read."""
+    parts = [name for name in storage.listing(url) if name.endswith(".jsonl")]
+    names = [name for name in parts if int(name.removesuffix(".jsonl")) > after]
+    texts = (storage.read_text(storage.join(url, name)) for name in names)
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    return [line for line in lines if line["step"] > after]
 
 
 def log_files(
@@ -74,7 +131,7 @@ def log_files(
             client.log_text(run, text, file)
         client.set_terminated(run, "FINISHED")
     except Exception as error:  # whatever MLflow's stores and their drivers raise
-        reason = " ".join(str(error).split())[:300]
+        reason = without_passwords(" ".join(str(error).split()))[:300]
         raise ConfigError(
             f"MLflow at {uri} cannot be used ({reason}): name another with --tracking URI, or --tracking none."
         ) from error
@@ -93,23 +150,28 @@ def _connected(uri: str, experiment: str, artifacts: str | None) -> tuple[Any, s
     found = client.get_experiment_by_name(experiment)
     if found:
         return client, str(found.experiment_id)
-    return client, str(client.create_experiment(experiment, artifact_location=artifacts))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI takes it for one of language models
+    return client, str(client.create_experiment(experiment, artifact_location=artifacts, tags=kind))
 
 
-def _tagged_run(client: Any, experiment_id: str, tags: dict[str, str], name: str) -> str:
-    """Id of the run with these tags, made if there is none."""
+def _tagged_run(
+    client: Any, experiment_id: str, tags: dict[str, str], name: str, more: dict[str, str] | None = None
+) -> str:
+    """Id of the run with these tags, made if there is none, with `more` tags."""
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     found = client.search_runs([experiment_id], wanted, max_results=1)
     if found:
         return str(found[0].info.run_id)
-    return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+    return str(client.create_run(experiment_id, tags=tags | (more or {}), run_name=name).info.run_id)
 
 
 class Mirror:
     """Copies a run's metrics, settings, pictures, report and tree to MLflow: one parent run, a child per phase.
 
     Works in a thread of its own beside training. Idempotent: what MLflow holds already is not logged again, so a
-    resumed run goes on in the same MLflow runs without duplicate steps. An outage costs a warning and a delay.
+    resumed run goes on in the same MLflow runs without duplicate steps. What MLflow does not take is kept and tried
+    again with what comes next, `PAUSE` seconds later at the earliest: an outage costs a delay, and a warning if it
+    lasts to the end.
     """
 
     def __init__(self, uri: str, experiment: str, run_name: str, run_id: str, artifacts: str | None):
@@ -118,22 +180,43 @@ class Mirror:
         self._experiment, self._name, self._run_id, self._artifacts = experiment, run_name, run_id, artifacts
         self._client: Any = None
         self._parent = ""
+        self._started = 0  # of the parent run, in ms
+        self._params: dict[str, Any] = {}
+        self._children: dict[str, str] = {}  # ids by phase
+        self._mirrored: dict[str, int] = {}  # a phase's last step that MLflow has, where it is known
+        self._undone: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._failed_at = -math.inf
         self._pool = ThreadPoolExecutor(1, "mlflow-mirror")
 
     def open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
         """Finds or makes the parent run, with its settings, tags and text files."""
         self._later(self._open, params, tags, files)
 
-    def phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
-        """A phase's metrics, into a child run of that name."""
-        self._later(self._phase, name, lines, totals)
+    def progress(self, name: str, url: str) -> None:
+        """What a phase that still runs has written into its folder of metrics by now, into a child run of that name.
 
-    def result(self, metrics: dict[str, float], files: dict[str, bytes], tree: dict[str, bytes]) -> None:
-        """The finished run's numbers and files (by their path), into the parent run, and its tree as a model.
-
-        tree: contents of tree.json and model.safetensors.
+        To be called now and then: only parts that are new are read.
         """
-        self._later(self._result, metrics, files, tree)
+        self._later(self._progress, name, url)
+
+    def phase(self, name: str, url: str, totals: dict[str, float]) -> None:
+        """A finished phase's metrics: what is in the folder and is not mirrored yet, and its totals."""
+        self._later(self._phase, name, url, totals)
+
+    def system(self, samples: list[Sample]) -> None:
+        """What nodes were busy with, into the parent run: as MLflow's page for system metrics shows it."""
+        if self.problem is None:  # in an outage they are dropped
+            self._later(self._system, samples)
+
+    def result(self, metrics: dict[str, float], files: dict[str, bytes]) -> None:
+        """Numbers and files (by their path) of a run as they are now, into the parent run; computed anew, they are
+        logged anew.
+        """
+        self._later(self._result, metrics, files)
+
+    def finish(self, tree: dict[str, bytes]) -> None:
+        """The run is at its end. tree: contents of tree.json and model.safetensors, which become a model."""
+        self._later(self._finish, tree)
 
     def close(self) -> str | None:
         """Waits until all is copied; the sentence to show if something could not be."""
@@ -141,77 +224,135 @@ class Mirror:
         return self.problem
 
     def _later(self, function: Callable[..., None], *arguments: Any) -> None:
-        def guarded() -> None:
-            if self.problem is not None:  # the next start of the command copies everything
-                return
+        if (function, arguments) not in self._undone:
+            self._undone.append((function, arguments))
+            self._pool.submit(self._catch_up)
+
+    def _catch_up(self) -> None:
+        """Does what is undone, in order, as far as MLflow takes it."""
+        if time.monotonic() - self._failed_at < PAUSE:
+            return
+        while self._undone:
+            function, arguments = self._undone[0]
             try:
                 function(*arguments)
             except Exception as error:  # whatever MLflow's stores and their drivers raise; shown by `close`
-                reason = " ".join(str(error).split())[:300]
+                reason = without_passwords(" ".join(str(error).split()))[:300]
                 self.problem = f"MLflow at {self.uri} is behind, the next start catches up: {reason}"
-
-        self._pool.submit(guarded)
+                self._failed_at = time.monotonic()
+                return
+            del self._undone[0]
+            self.problem = None
 
     def _open(self, params: dict[str, Any], tags: dict[str, str], files: dict[str, str]) -> None:
         # Here, in the thread: importing MLflow takes seconds in which the first phase's workers already start.
         self._client, self._experiment_id = _connected(self.uri, self._experiment, self._artifacts)
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import RunTag
 
-        self._parent = self._run({"tdiff.run": self._run_id}, self._name)
+        more = {"tdiff.phase": "all", NOTE: self._about()}
+        self._parent = _tagged_run(self._client, self._experiment_id, {"tdiff.run": self._run_id}, self._name, more)
         # An earlier start may have been cut short between any two of these.
-        known = self._client.get_run(self._parent).data
-        self._client.log_batch(
-            self._parent,
-            params=[Param(key, str(value)) for key, value in params.items() if key not in known.params],
-            tags=[RunTag(key, value) for key, value in tags.items() if key not in known.tags],
-        )
+        run = self._client.get_run(self._parent)
+        known, self._started = run.data, run.info.start_time
+        self._params = params
+        self._log_params(self._parent, params, known.params)
+        new = [RunTag(key, value) for key, value in tags.items() if key not in known.tags]
+        self._client.log_batch(self._parent, tags=new)
         stored = {artifact.path for artifact in self._client.list_artifacts(self._parent)}
         for name, text in files.items():
             if name not in stored:
                 self._client.log_text(self._parent, text, name)
 
-    def _run(self, tags: dict[str, str], name: str) -> str:
-        """Id of the run with these tags, made if there is none."""
-        if "mlflow.parentRunId" not in tags:
-            tags = {**tags, "tdiff.phase": "all"}
-        return _tagged_run(self._client, self._experiment_id, tags, name)
+    def _log_params(self, run: str, params: dict[str, Any], known: dict[str, str]) -> None:
+        from mlflow.entities import Param
 
-    def _phase(self, name: str, lines: list[dict[str, Any]], totals: dict[str, float]) -> None:
+        new = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        for first in range(0, len(new), 100):  # the most that one call takes
+            self._client.log_batch(run, params=new[first : first + 100])
+
+    def _about(self, leaves: float | None = None) -> str:
+        told = "" if leaves is None else f", whose tree has {leaves:g} leaves"
+        return ABOUT_RUN.format(name=self._name, data=self._experiment, leaves=told)
+
+    def _child(self, phase: str) -> str:
+        """Id of a phase's run, which has the parent's name and the settings of its stage, by which MLflow compares."""
+        if phase not in self._children:
+            tags = {"mlflow.parentRunId": self._parent, "tdiff.phase": phase}
+            name = f"{self._name}/{phase}"
+            found = _tagged_run(self._client, self._experiment_id, tags, name, {NOTE: ABOUT_PHASE})
+            known = self._client.get_run(found).data.params
+            section = "diffusion." if phase == "diffusion" else "tree."
+            self._log_params(found, {key: v for key, v in self._params.items() if key.startswith(section)}, known)
+            self._children[phase] = found
+        return self._children[phase]
+
+    def _progress(self, name: str, url: str) -> None:
         from mlflow.entities import Metric
 
-        tags = {"mlflow.parentRunId": self._parent, "tdiff.phase": name}
-        child = self._run(tags, name)
-        run = self._client.get_run(child)
-        if run.info.status == "FINISHED":
-            return
-        history = self._client.get_metric_history(child, "loss") if lines else []
-        last = max((metric.step for metric in history), default=-1)
+        child = self._child(name)
+        # Forgotten until all is logged: after a failure nobody knows what MLflow took.
+        last = self._mirrored.pop(name, None)
+        if last is None:
+            last = max((metric.step for metric in self._client.get_metric_history(child, "loss")), default=-1)
         now = int(time.time() * 1000)
         batch: list[Metric] = []
-        for line in lines:
-            if line["step"] <= last:
-                continue
-            metrics = [Metric(key, float(value), now, line["step"]) for key, value in line.items() if key != "step"]
+        for line in read_metrics(url, last):
+            last = line["step"]
+            metrics = [Metric(key, float(value), now, last) for key, value in line.items() if key != "step"]
             if len(batch) + len(metrics) > 1000:  # the most that one call takes; whole lines, or a step would be cut
                 self._client.log_batch(child, metrics=batch)
                 batch = []
             batch += metrics
-        batch += [Metric(key, float(value), now, 0) for key, value in totals.items() if key not in run.data.metrics]
-        self._client.log_batch(child, metrics=batch)
-        self._client.set_terminated(child, "FINISHED")
+        if batch:
+            self._client.log_batch(child, metrics=batch)
+        self._mirrored[name] = last
 
-    def _result(self, metrics: dict[str, float], files: dict[str, bytes], tree: dict[str, bytes]) -> None:
-        if self._client.get_run(self._parent).info.status == "FINISHED":
-            return
+    def _phase(self, name: str, url: str, totals: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
+        child = self._child(name)
+        run = self._client.get_run(child)
+        if run.info.status == "FINISHED":
+            return
+        self._progress(name, url)
         now = int(time.time() * 1000)
-        self._client.log_batch(self._parent, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
-        with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder), files)
-            self._client.log_artifacts(self._parent, folder)
-        self._model(tree)
-        self._client.set_terminated(self._parent, "FINISHED")
+        new = [Metric(key, float(value), now, 0) for key, value in totals.items() if key not in run.data.metrics]
+        self._client.log_batch(child, metrics=new)
+        self._client.set_terminated(child, "FINISHED")
+
+    def _system(self, samples: list[Sample]) -> None:
+        from mlflow.entities import Metric
+
+        # Steps are seconds since the run began: a resumed run's go on from them.
+        metrics = [
+            Metric(f"system/{node}/{key}", float(value), int(at * 1000), int(at - self._started / 1000))
+            for node, at, values in samples
+            for key, value in values.items()
+        ]
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self._parent, metrics=metrics[first : first + 1000])
+
+    def _result(self, metrics: dict[str, float], files: dict[str, bytes]) -> None:
+        from mlflow.entities import Metric
+
+        known = self._client.get_run(self._parent).data
+        if known.tags.get(NOTE) == self._about() and "leaves" in metrics:  # else somebody has written their own
+            self._client.set_tag(self._parent, NOTE, self._about(metrics["leaves"]))
+        now = int(time.time() * 1000)
+        new = [Metric(k, float(v), now, 0) for k, v in metrics.items() if known.metrics.get(k) != float(v)]
+        for first in range(0, len(new), 1000):
+            self._client.log_batch(self._parent, metrics=new[first : first + 1000])
+        digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
+        if files and known.tags.get(FILES) != digest:
+            with tempfile.TemporaryDirectory() as folder:
+                _write(Path(folder), files)
+                self._client.log_artifacts(self._parent, folder)
+            self._client.set_tag(self._parent, FILES, digest)
+
+    def _finish(self, tree: dict[str, bytes]) -> None:
+        if self._client.get_run(self._parent).info.status != "FINISHED":
+            self._model(tree)
+            self._client.set_terminated(self._parent, "FINISHED")
 
     def _model(self, tree: dict[str, bytes]) -> None:
         """Logs the run's tree as a model, images -> clusters (`tdiff.served`), unless an earlier start has.

@@ -1,4 +1,5 @@
-"""Real S3 servers on loopback, for tests: moto's (breadth; any keys, in memory), rclone's (keys, data on disk).
+"""Real servers on loopback, for tests: of S3, moto's (breadth; any keys, in memory) and rclone's (keys, data on disk);
+PostgreSQL; MLflow's.
 
 Each is a process of its own that dies with the test process, however that ends; and a few servers of our own that do
 what broken ones do.
@@ -7,9 +8,13 @@ what broken ones do.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -43,11 +48,15 @@ MORTAL = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.ar
 
 @dataclass
 class Server:
-    """A program that serves S3 on a port of its own; `stop` and `start` it (in the main thread) at the same address."""
+    """A program that serves on a port of its own; `stop` and `start` it (in the main thread) at the same address.
+
+    variables: added to its environment.
+    """
 
     arguments: list[str]
     log: Path
     port: int = field(default_factory=free_port)
+    variables: dict[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -70,13 +79,18 @@ class Server:
         )
         client.create_bucket(Bucket=name)
 
-    def start(self) -> None:
+    def start(self, patience: float = 60) -> None:
         arguments = [argument.replace("PORT", str(self.port)) for argument in self.arguments]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", MORTAL, *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [sys.executable, "-S", "-c", MORTAL, *arguments],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **self.variables},
+                start_new_session=True,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -85,9 +99,10 @@ class Server:
         raise RuntimeError(f"{arguments} does not serve:\n{self.log.read_text()}")
 
     def stop(self) -> None:
-        """Kills it, as a power cut would."""
+        """Kills it and the processes that it started, as a power cut would."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -115,6 +130,59 @@ def rclone(folder: Path) -> Iterator[Server]:
     options = ["--addr", "127.0.0.1:PORT", "--auth-key", f"{KEY},{SECRET}", "--config", str(folder / "none.conf")]
     server = Server([program("rclone"), "serve", "s3", str(folder / "data"), *options], folder / "rclone.log")
     server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's programs, which Debian keeps out of PATH; None if it is not installed."""
+    if (found := shutil.which("initdb")) is not None:
+        return Path(found).resolve().parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[Server]:
+    """PostgreSQL: database `postgres` of the user KEY with the password SECRET; keeps data when killed."""
+    programs = postgres_programs()
+    assert programs is not None
+    setpriv = shutil.which("setpriv")
+    assert setpriv is not None, "util-linux brings it"
+    become = [setpriv, "--pdeathsig", "KILL"]
+    # Not in pytest's folders: root alone may enter these, and PostgreSQL refuses to be root.
+    with tempfile.TemporaryDirectory(prefix="tdiff-postgres-") as name:
+        folder = Path(name)
+        if os.getuid() == 0:
+            become += ["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
+            shutil.chown(folder, "nobody", "nogroup")
+        password = folder / "password"
+        password.write_text(SECRET)
+        password.chmod(0o644)
+        made = [programs / "initdb", "-D", folder / "data", "-U", KEY, "-A", "scram-sha-256", "--pwfile", password]
+        subprocess.run([*become, *made], check=True, capture_output=True, cwd=folder)
+        options = ["-D", str(folder / "data"), "-p", "PORT", "-c", "listen_addresses=127.0.0.1"]
+        arguments = [*become, str(programs / "postgres"), *options, "-c", "unix_socket_directories="]
+        server = Server(arguments, folder / "postgres.log")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, store: Server, artifacts: str, s3: Server) -> Iterator[Server]:
+    """MLflow's own server over PostgreSQL and a folder s3://…, which alone knows their passwords."""
+    # SQLAlchemy 2.1 takes postgresql:// to mean psycopg 3, 2.0 took it to mean this one.
+    uri = f"postgresql+psycopg2://{KEY}@127.0.0.1:{store.port}/postgres"
+    where = ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
+    listen = ["--host", "127.0.0.1", "--port", "PORT", "--allowed-hosts", "127.0.0.1:*", "--workers", "1"]
+    # Its jobs judge language models.
+    variables = {"PGPASSWORD": SECRET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **s3.environment()}
+    server = Server([program("mlflow"), "server", *where, *listen], folder / "mlflow.log", variables=variables)
+    server.start(180)  # it makes the tables first
     try:
         yield server
     finally:

@@ -120,10 +120,10 @@ def tree_files() -> dict[str, bytes]:
 class Copy:
     """One run in one experiment of the store, mirrored as often as asked."""
 
-    def __init__(self, store: tuple[str, str]):
+    def __init__(self, store: tuple[str, str], folder: Path):
         from mlflow.tracking import MlflowClient
 
-        self.uri, self.artifacts = store
+        (self.uri, self.artifacts), self.folder = store, folder
         self.experiment = self.id = uuid.uuid4().hex
         self.client = MlflowClient(self.uri)
 
@@ -132,11 +132,29 @@ class Copy:
         mirror = Mirror(self.uri, self.experiment, "mine", self.id, self.artifacts)
         mirror.open({"seed": 0, "tree.batch": 128}, {"git_commit": "abc"}, {"config.yaml": "seed: 0\n"})
         for name, lines in phases.items():
-            mirror.phase(name, lines, {"seconds": 1.5})
+            mirror.phase(name, self.written(name, lines), {"seconds": 1.5})
         if result is not None:
             files = {"figures/tree.png": b"\x89PNG", "report/index.html": b"<!doctype html>"}
-            mirror.result(result, files, tree_files())
+            mirror.result(result, files)
+            mirror.finish(tree_files())
         return mirror.close()
+
+    def written(self, phase: str, lines: list[dict[str, Any]], every: int = 1000) -> str:
+        """The folder of a phase's metrics, which holds these lines, in parts of so many."""
+        url = str(self.folder / self.id / phase / "metrics")
+        parts = MetricParts(url)
+        parts.drop_beyond(-1)
+        for number, one in enumerate(lines, 1):
+            parts.add(**one)
+            if number % every == 0 or number == len(lines):
+                parts.write(one["step"])
+        return url
+
+    def mirror(self) -> Mirror:
+        """An open mirror, as a start of the command has it."""
+        mirror = Mirror(self.uri, self.experiment, "mine", self.id, self.artifacts)
+        mirror.open({"seed": 0}, {}, {})
+        return mirror
 
     def runs(self) -> dict[str, Any]:
         """All runs of the experiment by phase; the parent's phase is `all`."""
@@ -156,8 +174,13 @@ class Copy:
 
 
 @pytest.fixture
-def copy(store: tuple[str, str]) -> Copy:
-    return Copy(store)
+def copy(store: tuple[str, str], tmp_path: Path) -> Copy:
+    return Copy(store, tmp_path / "runs")
+
+
+def settle(mirror: Mirror) -> None:
+    """Waits until what was asked of it so far is done, or has failed."""
+    mirror._pool.submit(lambda: None).result()
 
 
 ROOT = [line(step, kl=0.1 * step) for step in (1, 2, 3)]
@@ -176,7 +199,9 @@ def test_a_run_becomes_a_parent_with_a_child_per_phase(copy: Copy):
     assert parent.info.status == "FINISHED"
     for phase in ("00-root", "01-split-1", "02-prune"):
         assert runs[phase].data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert runs[phase].info.run_name == phase
+        assert runs[phase].info.run_name == f"mine/{phase}"
+        assert "| `loss`" in runs[phase].data.tags["mlflow.note.content"]
+        assert runs[phase].data.params == {"tree.batch": "128"}
         assert runs[phase].info.status == "FINISHED"
         assert runs[phase].data.metrics["seconds"] == 1.5
     assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
@@ -203,6 +228,139 @@ def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
     assert copy.history("00-root", "seconds") == [(0, 1.5)]
     assert copy.history("all", "acc") == [(0, 0.5)]
     assert len(copy.models()) == 1
+
+
+def test_a_phase_is_mirrored_while_it_runs(copy: Copy):
+    many = [line(step) for step in range(1, 21)]
+    for until in (4, 12, 20):  # three starts of the command, each mirroring twice what is there
+        mirror = copy.mirror()
+        for shown in (until - 2, until):
+            url = copy.written("00-root", many[:shown], every=2)
+            mirror.progress("00-root", url)
+            mirror.progress("00-root", url)
+            settle(mirror)
+            assert copy.history("00-root") == [(one["step"], one["loss"]) for one in many[:shown]]
+            assert copy.runs()["00-root"].info.status == "RUNNING"
+        assert mirror.close() is None
+    assert copy.again({"00-root": many}) is None
+    assert copy.history("00-root") == [(one["step"], one["loss"]) for one in many]
+    assert copy.history("00-root", "seconds") == [(0, 1.5)]
+    assert copy.runs()["00-root"].info.status == "FINISHED"
+
+
+def test_only_new_parts_are_read(copy: Copy, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    plain = storage.read_text
+    monkeypatch.setattr(storage, "read_text", lambda url: read.append(url.rpartition("/")[2]) or plain(url))
+    many = [line(step) for step in range(1, 9)]
+    mirror = copy.mirror()
+    for shown in (4, 4, 8):
+        mirror.progress("00-root", copy.written("00-root", many[:shown], every=2))
+        settle(mirror)
+    assert read == [part_name(step) for step in (2, 4, 6, 8)]
+    assert mirror.close() is None
+    read.clear()
+    assert copy.again({"00-root": many}) is None
+    assert read == []
+
+
+def test_steps_that_a_resumed_run_repeats_are_not_doubled(copy: Copy):
+    mirror = copy.mirror()
+    url = copy.written("00-root", [line(step) for step in range(1, 8)], every=3)  # parts 3, 6 and 7
+    mirror.progress("00-root", url)
+    settle(mirror)
+    MetricParts(url).drop_beyond(3)  # its workers died before the checkpoint of step 6 counted
+    mirror.progress("00-root", url)
+    settle(mirror)
+    parts = MetricParts(url)
+    for step in range(4, 11):  # with other intervals between checkpoints
+        parts.add(**line(step))
+    parts.write(10)
+    mirror.progress("00-root", url)
+    assert mirror.close() is None
+    assert copy.history("00-root") == [(step, 1 / step) for step in range(1, 11)]
+
+
+def test_an_outage_is_caught_up_with_in_the_same_run(copy: Copy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tdiff.tracking.PAUSE", 0.0)
+    mirror = copy.mirror()
+    settle(mirror)
+    client, plain = mirror._client, mirror._client.log_batch
+    taken: list[int] = []
+
+    def broken(run: str, metrics: list[Any]) -> None:
+        plain(run, metrics=metrics)  # MLflow took it, but the answer never came
+        taken.append(len(metrics))
+        raise ConnectionError("connection reset\nby peer")
+
+    client.log_batch = broken
+    url = copy.written("00-root", ROOT)
+    mirror.progress("00-root", url)
+    settle(mirror)
+    assert mirror.problem is not None
+    assert mirror.problem.endswith("connection reset by peer")
+    mirror.phase("01-split-1", copy.written("01-split-1", SPLIT), {})
+    settle(mirror)
+    assert mirror.problem is not None
+    mirror.system([("node", 0.0, {"cpu": 1.0})])
+    client.log_batch = plain
+    mirror.phase("00-root", url, {"seconds": 1.0})
+    assert mirror.close() is None
+    assert taken == [9, 4]
+    assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
+    assert copy.history("00-root") == [(one["step"], one["loss"]) for one in ROOT]
+    assert {copy.runs()[phase].info.status for phase in ("00-root", "01-split-1")} == {"FINISHED"}
+    assert copy.history("all", "system/node/cpu") == []
+
+
+def test_nodes_are_told_apart_by_the_time_since_the_run_began(copy: Copy):
+    assert copy.again({}) is None
+    began = copy.runs()["all"].info.start_time / 1000
+    for start in (10, 30):  # of the command
+        mirror = copy.mirror()
+        samples = [(node, began + start + k, {"cpu": 10.0 * k}) for k in (1, 2) for node in ("a", "b")]
+        mirror.system(samples)
+        settle(mirror)
+        assert mirror.close() is None
+    for node in ("a", "b"):
+        assert copy.history("all", f"system/{node}/cpu") == [(11, 10), (12, 20), (31, 10), (32, 20)]
+    run = copy.runs()["all"].info.run_id
+    times = [metric.timestamp for metric in copy.client.get_metric_history(run, "system/a/cpu")]
+    assert times == [int((began + second) * 1000) for second in (11, 12, 31, 32)]
+
+
+def test_the_description_tells_data_leaves_and_units(copy: Copy):
+    assert copy.again({}) is None
+    before = copy.runs()["all"].data.tags["mlflow.note.content"]
+    assert f"**mine**: a TreeDiffusion run on `{copy.experiment}`." in before
+    assert "nats per image" in before
+    assert copy.again({}, {"acc": 0.5, "leaves": 7}) is None
+    after = copy.runs()["all"].data.tags["mlflow.note.content"]
+    assert after == before.replace(f"`{copy.experiment}`.", f"`{copy.experiment}`, whose tree has 7 leaves.")
+
+
+def test_a_result_computed_anew_is_logged_anew(copy: Copy, tmp_path: Path):
+    assert copy.again({}, {"acc": 0.5, "nmi": 0.25}) is None
+    parent = copy.runs()["all"].info.run_id
+    written = sorted(file.stat().st_mtime_ns for file in tmp_path.parent.rglob("index.html"))
+    assert copy.again({}, {"acc": 0.75, "nmi": 0.25}) is None
+    assert [metric.value for metric in copy.client.get_metric_history(parent, "acc")] == [0.5, 0.75]
+    assert [metric.value for metric in copy.client.get_metric_history(parent, "nmi")] == [0.25]
+    assert copy.runs()["all"].info.status == "FINISHED"
+    assert sorted(file.stat().st_mtime_ns for file in tmp_path.parent.rglob("index.html")) == written
+    mirror = Mirror(copy.uri, copy.experiment, "mine", copy.id, copy.artifacts)
+    mirror.open({}, {}, {})
+    mirror.result({}, {"report/index.html": b"<!doctype html><title>anew</title>"})
+    assert mirror.close() is None
+    assert b"anew" in Path(copy.client.download_artifacts(parent, "report/index.html")).read_bytes()
+    assert len(copy.models()) == 1
+
+
+def test_a_description_that_somebody_wrote_stays(copy: Copy):
+    assert copy.again({}) is None
+    copy.client.set_tag(copy.runs()["all"].info.run_id, "mlflow.note.content", "with the new laptop")
+    assert copy.again({}, {"acc": 0.5, "leaves": 7}) is None
+    assert copy.runs()["all"].data.tags["mlflow.note.content"] == "with the new laptop"
 
 
 def test_a_phase_that_was_copied_in_part_is_completed(copy: Copy):
@@ -307,8 +465,8 @@ def test_a_store_that_cannot_be_reached_costs_a_sentence(monkeypatch: pytest.Mon
         mirror = Mirror(uri, "digits", "mine", "id", None)
         started = time.monotonic()
         mirror.open({}, {}, {})
-        mirror.phase("00-root", ROOT, {})
-        mirror.result({"acc": 0.5}, {}, {})
+        mirror.phase("00-root", "", {})
+        mirror.result({"acc": 0.5}, {})
         assert time.monotonic() - started < 1  # training does not wait for it
         warning = mirror.close()
         assert time.monotonic() - started < 60  # by MLflow's own settings it would be 4 minutes
