@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from tdiff.errors import Problem
+from tdiff.errors import Problem, Stopped, without_passwords
 
-console = Console(highlight=False, soft_wrap=True)
+# In a job's log, which has no width of its own, tables would be cut at 80 columns.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+console = Console(highlight=False, soft_wrap=True, markup=False, width=_WIDTH)
+"""Prints text as it is: errors and paths may hold [brackets]."""
 
 
 def parser(command: str, about: str) -> argparse.ArgumentParser:
@@ -36,16 +40,31 @@ def config_and_settings(arguments: argparse.Namespace) -> tuple[str | None, list
     return path, settings
 
 
+def _stop(signum: int, frame: object) -> None:
+    """What SIGTERM does where no workers train (`tdiff.launch.fit`): whatever is finished is kept."""
+    raise Stopped("told to stop by SIGTERM; the same command goes on from here.")
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; a known problem becomes one sentence on stderr and exit code 2, an interruption 130."""
+    """Runs a command; a known problem becomes one sentence on stderr and exit code 2, an interruption 130 or 143."""
     try:
+        signal.signal(signal.SIGTERM, _stop)
         main()
+    except Stopped as stopped:
+        print(f"tdiff: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except (Problem, OSError) as error:
-        print(f"tdiff: {error}", file=sys.stderr)
+        print(f"tdiff: {without_passwords(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("tdiff: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
+
+
+def show_warning(sentence: str | None) -> None:
+    """Prints what went wrong but costs nothing, if there is something."""
+    if sentence:
+        console.print(sentence, style="yellow")
 
 
 def show_tables(tables: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:

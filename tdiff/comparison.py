@@ -10,9 +10,9 @@ from typing import Any
 from tdiff import config as configs
 from tdiff import results, storage, tracking
 from tdiff.data.shards import read_manifest
-from tdiff.errors import ConfigError
+from tdiff.errors import ConfigError, without_passwords
 from tdiff.evaluation.tables import Entry
-from tdiff.opening import tracking_uri
+from tdiff.mirroring import tracking_of
 from tdiff.runs import Run
 
 NAME = "tables"
@@ -89,15 +89,15 @@ def _tree_digest(run: Run) -> str:
 def store(run: Run, uri: str | None) -> tuple[str, str | None]:
     """MLflow's address, `uri` or else the run's own, and where the default store keeps files.
 
-    Raises ConfigError if the run has none.
+    Raises ConfigError if the run has none, or if there is a password in it.
     """
     if uri is not None:
+        if without_passwords(uri) != uri:
+            raise ConfigError(configs.password_told("--tracking"))
         return uri, None
-    config, folder = run.config(), run.url.rpartition("/")[0]
-    if config.tracking is None and not storage.is_local(folder):
+    if (address := tracking_of(run)) is None:
         raise ConfigError(f"RUN {run.url} has no MLflow of its own: name one with --tracking URI, or --tracking none.")
-    # `runs` may be relative to a folder that is not the current one any more.
-    return tracking_uri(config.model_copy(update={"runs": folder}))
+    return address
 
 
 def log(runs: Sequence[Run], data: Sequence[str], address: tuple[str, str | None], files: dict[str, str]) -> None:

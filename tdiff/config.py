@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tdiff.diffusion.condition import KNOWN_CONDITIONS
 from tdiff.diffusion.process import Objective, make_process
 from tdiff.diffusion.samplers import Grid, Sampler, Start, check_eta
 from tdiff.diffusion.unet import UNetSpec
-from tdiff.errors import ConfigError
+from tdiff.errors import ConfigError, without_passwords
 from tdiff.tree.model import TreeSpec
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
@@ -28,6 +29,11 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 
 TAKEN = ("data", "evaluation", "mlartifacts", "mlflow.db")
 """Names below `runs` that are no run's: what runs share lies there."""
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
+"""How values are shown in messages: YAML can name one list often enough to fill the memory when it is written out."""
 
 
 class Section(BaseModel):
@@ -39,6 +45,8 @@ class Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation in (int, float):
             raise PydanticCustomError("bool_for_number", "it should be a number")
+        if isinstance(value, str) and without_passwords(value) != value:
+            raise PydanticCustomError("password", "it holds a password")
         return value
 
 
@@ -183,20 +191,52 @@ class Evaluation(Section):
     classifier: Classifier = Classifier()
 
 
+class Recovery(Section):
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="minutes between resume checkpoints at most, whatever checkpoint_images says"
+    )
+    checkpoints: int = Field(2, ge=2, description="how many of a phase's newest resume checkpoints are kept")
+    rollbacks: int = Field(3, ge=0, description="how often a phase may go back, with on_nonfinite=rollback")
+    retries: int = Field(5, ge=0, description="how often in a row workers may be lost without a new checkpoint")
+    first_step_seconds: float = Field(
+        1800.0, gt=0, description="seconds without a first step, before a worker counts as hung"
+    )
+    step_seconds: float = Field(
+        300.0, gt=0, description="seconds without a further step, before a worker counts as hung"
+    )
+
+
 class Config(Section):
     name: str | None = Field(None, description="run folder below `runs`; default: derived from the config")
     runs: str = Field("runs", min_length=1, description="root folder of all runs, local or s3://")
     seed: int = Field(0, ge=0)
-    workers: int | None = Field(
-        None, ge=1, description="Ray workers at most, a stage takes a divisor of its slots; default: 2, or fewer CPUs"
+    workers: int | tuple[int, int] | None = Field(
+        None,
+        description="Ray workers at most, a stage takes a divisor of its slots; [min, max]: as many as the cluster has "
+        "by then; default: 2, or fewer CPUs",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of stage 2; auto: bf16 where it is fast")
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        "stop", description="after a loss or gradient that is not finite; rollback: to the last checkpoint"
+    )
     tracking: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the runs folder")
     data: Data = Data()
     tree: Tree = Tree()
     diffusion: Diffusion = Diffusion()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
+    recovery: Recovery = Recovery()
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        fine = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+        if value is not None and not (fine and list(numbers) == sorted(numbers)):
+            raise ValueError(
+                f"workers={value!r} cannot be used: take a number of at least 1, or two rising ones as [1, 8]"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -296,6 +336,8 @@ class Config(Section):
                 "name": True,
                 "runs": True,
                 "workers": True,
+                "on_nonfinite": True,
+                "recovery": True,
                 "tracking": True,
                 "precision": True,
                 "data": set(Data.model_fields) - {"block"},
@@ -381,20 +423,21 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
             raise ConfigError(f"CONFIG {path} does not exist: {hint}")
         try:
             raw = yaml.safe_load(file.read_text()) or {}
-        except (yaml.YAMLError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"CONFIG {path} is not YAML: {reason}.") from error
         if not isinstance(raw, dict):
             raise ConfigError(f"CONFIG {path} holds a {type(raw).__name__}, not `key: value` lines.")
     for item in overrides or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
+            item = without_passwords(item)
             raise ConfigError(f"{item!r} is neither a CONFIG file nor a setting: write settings as a.b=c.")
         try:
             parsed = yaml.safe_load(value) if value else None
-        except (yaml.YAMLError, ValueError) as error:
-            shown = value if len(value) < 80 else f"{value[:80]}…"
-            raise ConfigError(f"{key}={shown!r} cannot be read as a value: quote it.") from error
+        except (yaml.YAMLError, ValueError, RecursionError):
+            shown = without_passwords(value if len(value) < 80 else f"{value[:80]}…")
+            raise ConfigError(f"{key}={shown!r} cannot be read as a value: quote it.") from None  # it holds the value
         section = raw
         *parents, last = key.split(".")
         for parent in parents:
@@ -410,13 +453,23 @@ def validated(raw: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from error
+        # Without the error itself, which holds what was given: somebody may log it.
+        raise ConfigError(without_passwords(_sentence(error))) from None
+
+
+def password_told(field: str) -> str:
+    """The sentence about a URL with a password in it, which a run's records and logs would show."""
+    return (
+        f"{field} holds a password, which the run's files would show: leave it out, and set it as "
+        "MLFLOW_TRACKING_PASSWORD (with MLFLOW_TRACKING_USERNAME), PGPASSWORD or AWS_SECRET_ACCESS_KEY."
+    )
 
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a ValidationError as: field, value, remedy."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
+    shown = SHORT.repr(first["input"])
     if first["type"] == "extra_forbidden":
         known = list(flat(Config()))
         names = known + sorted({key.rpartition(".")[0] for key in known if "." in key})
@@ -425,8 +478,10 @@ def _sentence(error: ValidationError) -> str:
         hint = (by_last + near)[:1]
         return f"{field} is not a known setting" + (f": did you mean {hint[0]}?" if hint else ".")
     if first["type"] == "model_type":
-        return f"{field}={first['input']!r} cannot be used: {field} is a section, so set {field}.…=… within it."
+        return f"{field}={shown} cannot be used: {field} is a section, so set {field}.…=… within it."
+    if first["type"] == "password":
+        return password_told(field)
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
     remedy = first["msg"].replace("Input should be", "it should be").replace("Value should", "it should")
-    return f"{field}={first['input']!r} cannot be used: {remedy[0].lower()}{remedy[1:]}."
+    return f"{field}={shown} cannot be used: {remedy[0].lower()}{remedy[1:]}."

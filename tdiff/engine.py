@@ -3,13 +3,15 @@
 A stage hands over a `Task`: an objective, its batches, its schedule. The loop, per step:
 
     for each of this worker's slots: batch -> loss -> backward     (slots s = rank mod workers)
-    average over the slots: a finite loss?, metrics, batch-norm statistics
+    average over the slots: a finite loss?, metrics, batch-norm statistics; does anybody wish to stop?
     update: clip, learning rate, optimizer, EMAs
     now and then: metrics, snapshots of the EMAs, a resume checkpoint
 
 A global batch is `slots` fixed parts, so what a step computes does not depend on how many workers share
 them. State is a function of progress: batches and random draws follow from (seed, phase, step, slot), so a
-checkpoint is weights, optimizer moments, EMAs and the step.
+checkpoint is weights, buffers, optimizer moments, EMAs, the step, and sums for the next line of metrics
+(`tdiff.checkpoints`). It is copied at once and written while training goes on, and any number of workers can go on
+from it.
 
 Two back-ends with one interface: DeepSpeed (ZeRO, in a process group) and plain PyTorch (one process).
 """
@@ -19,22 +21,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdiff.errors import ConfigError, NonFiniteError
+from tdiff.checkpoints import (
+    PROGRESS,
+    Checkpoints,
+    Rollback,
+    Writing,
+    folder_of,
+    read_progress,
+    read_track,
+    tensors_file,
+)
+from tdiff.config import Recovery
+from tdiff.errors import DataError, NonFiniteError, RolledBack, Stopped
 from tdiff.seeds import generator, seed_of
 from tdiff.tracking import MetricParts
 
@@ -42,16 +52,16 @@ Batch = dict[str, Tensor]
 
 
 class Worker(Protocol):
-    """This process's place among the workers, and where its resume checkpoints go."""
+    """This process's place among the workers, and what is asked of it meanwhile."""
 
     rank: int
     world: int
 
-    def restored(self) -> AbstractContextManager[Path | None]:
-        """Local folder of the checkpoint to go on from, if there is one, for as long as it is read."""
+    def told_to_stop(self) -> bool:
+        """Whether training should stop after this step; one worker's wish is enough."""
 
-    def keep(self, directory: Path) -> None:
-        """Makes a checkpoint durable; called by all workers, each with a folder of its own files."""
+    def expects(self, seconds: float) -> None:
+        """Training will call this again within so many seconds, or this worker hangs."""
 
 
 class Averager(Protocol):
@@ -123,7 +133,14 @@ class Task:
     """What DeepSpeed is told besides, checked by `check_deepspeed`; its ZeRO stage is `zero`."""
     autocast: bool = False
     """bf16 autocast over fp32 weights."""
+    checkpoints_url: str | None = None
+    """Folder of its resume checkpoints; None: it keeps none."""
     checkpoint_images: int = 500_000
+    recovery: Recovery = field(default_factory=Recovery)
+    rolls_back: bool = False
+    """Whether training goes back to the last checkpoint after a number that is not finite (at most so often as
+    `recovery.rollbacks` says).
+    """
     norms: Iterable[StepNorm] = ()
     average: Callable[[list[Tensor]], Mapping[str, Averager]] | None = None
     """The tensors that this worker's optimizer moves -> the averages to keep of them, by name."""
@@ -141,15 +158,47 @@ class Backend(Protocol):
     def update(self, learning_rate: float) -> float:
         """Moves the weights, unless the gradient's norm, which it returns, is not finite."""
 
-    def masters(self) -> list[Tensor]: ...
-    def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]: ...
-    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None: ...
-    def save(self, directory: Path) -> None: ...
-    def load(self, directory: Path) -> None: ...
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that this worker's optimizer moves."""
+
+    def moments(self, updates: int) -> dict[str, list[Tensor]]:
+        """The optimizer's state by name, in the order of the masters; where there is none yet, zeros after so many
+        updates.
+        """
+
+    def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
+        """Averages of the masters as full named tensors; called by all workers."""
+
+    def own(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """What this worker saves of tensors like the masters: its numbers START… of parameter NAME by "START:NAME"."""
+
+    def scatter(self, tensors: list[Tensor], full: dict[str, Tensor]) -> None:
+        """Sets tensors like the masters from parameters' names -> all numbers, flat."""
 
 
 def _trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+def _adam(task: Task, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=0.0, weight_decay=task.weight_decay, fused=True)
+
+
+def _moments(adam: torch.optim.Adam, moved: Iterable[Tensor], updates: int) -> dict[str, list[Tensor]]:
+    """Adam's state of the tensors that it moves, made where it is not there yet."""
+    for tensor in moved:
+        if not adam.state[tensor]:
+            adam.state[tensor] = {
+                "step": torch.tensor(float(updates), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+    return {name: [adam.state[tensor][name] for tensor in moved] for name in ("exp_avg", "exp_avg_sq")}
+
+
+def _whole(names: Iterable[str], tensors: list[Tensor]) -> dict[str, Tensor]:
+    """`Backend.own` where every tensor is one parameter's."""
+    return {f"0:{name}": tensor.reshape(-1) for name, tensor in zip(names, tensors, strict=True)}
 
 
 class PlainBackend:
@@ -158,7 +207,7 @@ class PlainBackend:
     def __init__(self, task: Task):
         self.task = task
         self.parameters = _trainable(task.objective)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay, fused=True)
+        self.optimizer = _adam(task, self.parameters.values())
 
     def forward(self, batch: Batch, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(iter(batch.values())).device.type
@@ -172,6 +221,9 @@ class PlainBackend:
         return loss.detach(), metrics
 
     def update(self, learning_rate: float) -> float:
+        for p in self.parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)  # as DeepSpeed does: every moment counts every update
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.task.clip or math.inf))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -183,22 +235,18 @@ class PlainBackend:
     def masters(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters.values()]
 
+    def moments(self, updates: int) -> dict[str, list[Tensor]]:
+        return _moments(self.optimizer, self.parameters.values(), updates)
+
     def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.parameters, averages, strict=True))
 
-    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
-        for name, average in zip(self.parameters, averages, strict=True):
-            average.copy_(full[name])
+    def own(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return _whole(self.parameters, tensors)
 
-    def save(self, directory: Path) -> None:
-        state = {"objective": self.task.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, directory / "plain.pt")
-
-    def load(self, directory: Path) -> None:
-        # A resume checkpoint of one's own run; weights_only all the same.
-        state = torch.load(directory / "plain.pt", weights_only=True, map_location="cpu")
-        self.task.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def scatter(self, tensors: list[Tensor], full: dict[str, Tensor]) -> None:
+        for name, tensor in zip(self.parameters, tensors, strict=True):
+            tensor.copy_(full[name].view(tensor.shape))
 
 
 class Piece(NamedTuple):
@@ -226,7 +274,7 @@ class DeepSpeedBackend:
         deepspeed = _import_deepspeed()
         self.task = task
         self.parameters = _trainable(task.objective)
-        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, weight_decay=task.weight_decay, fused=True)
+        self.adam = _adam(task, self.parameters.values())  # whose tensors ZeRO exchanges for its partitions
         # DeepSpeed allocates its bucket as large as it may become: 2 GB by default, for models of any size.
         numbers = sum(p.numel() for p in self.parameters.values())
         sharing = {"reduce_bucket_size": min(numbers, 500_000_000), **task.deepspeed.get("zero_optimization", {})}
@@ -247,7 +295,7 @@ class DeepSpeedBackend:
         self.engine, *_ = deepspeed.initialize(
             model=task.objective,
             model_parameters=list(self.parameters.values()),
-            optimizer=optimizer,
+            optimizer=self.adam,
             config=settings,
             dist_init_required=False,
         )
@@ -277,12 +325,16 @@ class DeepSpeedBackend:
         return norm if self.task.zero == 0 else float(self.engine.get_global_grad_norm())
 
     def masters(self) -> list[Tensor]:
-        """The fp32 tensors that this worker's optimizer moves: its partition, or without ZeRO every parameter."""
+        """Its partition, or without ZeRO every parameter."""
         if self.task.zero == 0:
             return [p.detach() for p in self.parameters.values()]
         if self.task.zero == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def moments(self, updates: int) -> dict[str, list[Tensor]]:
+        moved = self.parameters.values() if self.task.zero == 0 else self.masters()
+        return _moments(self.adam, moved, updates)
 
     def gathered(self, averages: list[Tensor]) -> dict[str, Tensor]:
         if self.task.zero == 0:
@@ -296,13 +348,18 @@ class DeepSpeedBackend:
         dist.all_reduce(flat)
         return {name: full[name].view(shape) for name, shape in shapes.items()}
 
-    def scatter(self, averages: list[Tensor], full: dict[str, Tensor]) -> None:
+    def own(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         if self.task.zero == 0:
-            for name, average in zip(self.parameters, averages, strict=True):
-                average.copy_(full[name])
+            return _whole(self.parameters, tensors) if dist.get_rank() == 0 else {}
+        return {f"{piece.start}:{piece.name}": piece.of_master(tensors) for piece in self._pieces()}
+
+    def scatter(self, tensors: list[Tensor], full: dict[str, Tensor]) -> None:
+        if self.task.zero == 0:
+            for name, tensor in zip(self.parameters, tensors, strict=True):
+                tensor.copy_(full[name].view(tensor.shape))
             return
         for piece in self._pieces():
-            piece.of_master(averages).copy_(piece.of(full[piece.name]))
+            piece.of_master(tensors).copy_(piece.of(full[piece.name]))
 
     def _pieces(self) -> Iterator[Piece]:
         """What this worker's masters hold of each parameter, under ZeRO 1, 2 and 3."""
@@ -318,14 +375,6 @@ class DeepSpeedBackend:
             elif (held := p._hp_mapping) is not None:
                 here, there = held.lp_fragment_address, held.hp_fragment_address
                 yield Piece(name, here.start, here.numel, held.param_group_index, there.start)
-
-    def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
-
-    def load(self, directory: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(directory), tag="deepspeed")
-        if path is None:
-            raise RuntimeError(f"DeepSpeed could not load the resume checkpoint in {directory}")
 
 
 def _import_deepspeed(distributed: bool = True) -> Any:
@@ -433,25 +482,28 @@ class Outcome:
 
 
 def train(task: Task, worker: Worker) -> Outcome:
-    """Trains to the end, going on from the worker's checkpoint if it has one. Called by all workers alike.
+    """Trains to the end, going on from the newest checkpoint if there is one. Called by all workers alike.
 
-    Raises ValueError if the workers cannot share the slots evenly, NonFiniteError on a loss or gradient
-    that is not finite.
+    Raises ValueError if the workers cannot share the slots evenly; NonFiniteError, before the update, on a loss or
+    gradient that is not finite, RolledBack where training is to go on from the last checkpoint; Stopped, its checkpoint
+    durable, where a worker is told to stop.
     """
     if task.slots % worker.world:
         raise ValueError(f"{task.slots} slots cannot be shared evenly by {worker.world} workers")
     started = time.monotonic()
-    backend: Backend
-    if dist.is_available() and dist.is_initialized():
-        backend = DeepSpeedBackend(task, worker.world)
-    else:
-        backend = PlainBackend(task)
+    worker.expects(task.recovery.first_step_seconds)
+    distributed = dist.is_available() and dist.is_initialized()
+    saver = Saver(task, worker) if task.checkpoints_url is not None else None
+    if saver is not None:
+        saver.load_weights()
+    backend: Backend = DeepSpeedBackend(task, worker.world) if distributed else PlainBackend(task)
     averages = dict(task.average(backend.masters())) if task.average else {}
     snapshots = task.snapshots
     norms = list(task.norms)
     parts = MetricParts(task.metrics_url if worker.rank == 0 else None)
+    progress = Progress() if saver is None else saver.load(backend, averages)
 
-    first = _restore(task, backend, averages, worker)
+    first = progress.step
     parts.drop_beyond(first)
     if snapshots is not None and worker.rank == 0:
         snapshots.start(first)
@@ -460,35 +512,35 @@ def train(task: Task, worker: Worker) -> Outcome:
     seconds["setup"] = time.monotonic() - started
     first_step_at = time.time()
     device = next(task.objective.parameters()).device
-    sums: dict[str, float] = defaultdict(float)
-    counted = 0
-    shown = time.monotonic()
+    shown = saved = time.monotonic()
 
     for step in range(first, task.steps):
         found: list[dict[str, Tensor]] = []  # of each slot: its loss and the terms of it
         for slot in range(worker.rank, task.slots, worker.world):
             clock = time.monotonic()
-            batch = {name: part.to(device, non_blocking=True) for name, part in task.batch(step, slot).items()}
+            batch = _on(device, task.batch(step, slot))
             seconds["data"] += time.monotonic() - clock
-            torch.manual_seed(seed_of("dropout", task.seed, task.phase, step, slot))
-            rng = generator("loss", task.seed, task.phase, step, slot, device=device)
-            loss, terms = backend.backward(batch, step, rng)
+            loss, terms = backend.backward(batch, step, _draws(task, saver, step, slot, device))
             found.append({"loss": loss, **{name: term.detach() for name, term in terms.items()}})
 
-        # One collective a step: is every worker's loss finite, metrics, batch-norm statistics.
+        # One collective a step: is every worker's loss finite, metrics, wishes, batch-norm statistics.
         scalars = torch.stack([value for slot in found for value in slot.values()]).view(len(found), -1).mean(0)
+        late = worker.rank == 0 and time.monotonic() - saved > 60 * task.recovery.checkpoint_minutes
+        writing = (False, False) if saver is None else (saver.writing.busy, saver.writing.failed)
+        wishes = scalars.new_tensor((worker.told_to_stop(), late, *writing))
+        scalars = torch.cat([scalars, wishes])
         average_over_workers([scalars, *(s for norm in norms for s in (norm.slot_mean, norm.slot_var))], worker.world)
-        values = dict(zip(found[0], scalars.tolist(), strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise NonFiniteError(f"{task.phase}, step {step}: {', '.join(bad)} not finite; the last checkpoint is kept")
+        *means, stop, due, busy, failed = scalars.tolist()
+        values = dict(zip(found[0], means, strict=True))
+        if not all(map(math.isfinite, means)):
+            raise _not_finite(task, worker, saver, step, _blamed_terms(task, worker, found))
         for norm in norms:
             norm.move_running_statistics()
 
         rate = task.learning_rate(step)
         values["grad_norm"] = backend.update(rate)
         if not math.isfinite(values["grad_norm"]):
-            raise NonFiniteError(f"{task.phase}, step {step}: gradient not finite; the last checkpoint is kept")
+            raise _not_finite(task, worker, saver, step, _blamed_gradients(task, worker, saver, step, device))
         done = step + 1
         for average in averages.values():
             average.update(done)
@@ -500,34 +552,137 @@ def train(task: Task, worker: Worker) -> Outcome:
                     snapshots.write(done, name, full)
             seconds["snapshots"] += time.monotonic() - clock
 
-        counted += 1
-        for name, value in values.items():
-            sums[name] += value
-        keep = done % checkpoint_steps == 0 and done < task.steps
+        # Lines do not depend on when checkpoints are written, or a run that was killed would have others.
+        progress.add(values)
         validates = task.validation is not None and done in task.validation.steps
-        if done % task.log_every == 0 or keep or validates or done == task.steps:
-            line = {name: total / counted for name, total in sums.items()}
+        if done % task.log_every == 0 or validates or done == task.steps:
+            line = progress.means()
             if validates:
                 clock = time.monotonic()
                 line |= _validated(task, backend, worker, step)
                 seconds["validation"] += time.monotonic() - clock
             parts.add(step=done, images=done * task.batch_size, learning_rate=rate, **line)
-            sums.clear()
-            counted = 0
             if worker.rank == 0 and time.monotonic() - shown > 10:
                 shown = time.monotonic()
                 _show_progress(task, first, done, line["loss"], shown - started - seconds["setup"])
-        if keep:
-            clock = time.monotonic()
-            parts.write(done)
-            _save(backend, averages, worker, done)
-            seconds["checkpoint"] += time.monotonic() - clock
+        if saver is not None:
+            saver.writing.go_on(busy > 0, failed > 0)
+            if done < task.steps and (done % checkpoint_steps == 0 or due > 0 or stop > 0):
+                clock = saved = time.monotonic()
+                progress.step = done
+                saver.save(backend, averages, progress, parts)
+                if stop > 0:
+                    saver.settle()
+                seconds["checkpoint"] += time.monotonic() - clock
+        if done == first + 1 and first > 0 and worker.rank == 0:
+            print(f"{task.phase}: goes on from step {first} of {task.steps}", file=sys.stderr, flush=True)
+        if stop > 0 and done < task.steps:
+            raise Stopped(f"{task.phase} was told to stop after step {done} of {task.steps}")
+        worker.expects(task.recovery.step_seconds)
 
+    worker.expects(task.recovery.first_step_seconds)
+    if saver is not None:
+        clock = time.monotonic()
+        saver.settle()
+        seconds["checkpoint"] += time.monotonic() - clock
     parts.write(task.steps)
     seconds["train"] = time.monotonic() - started - seconds["setup"]
     last_step_at = time.time()
     full_averages = {name: _gathered(backend, average) for name, average in averages.items()}
     return Outcome(full_averages, seconds, first_step_at, last_step_at)
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+
+
+def _draws(task: Task, saver: Saver | None, step: int, slot: int, device: torch.device) -> torch.Generator:
+    """Seeds dropout; the generator of the loss's own draws. Both follow from (seed, phase, step, slot), and from how
+    often the draws of the step have been renewed (`renewals`).
+    """
+    renewed = renewals(saver.rollbacks, step) if saver is not None else 0
+    place: list[int | str] = [task.seed, task.phase, step, slot, *([renewed] if renewed else [])]
+    torch.manual_seed(seed_of("dropout", *place))
+    return generator("loss", *place, device=device)
+
+
+# --- what is not finite ------------------------------------------------------------------------------
+
+
+def renewals(rollbacks: Sequence[Rollback], step: int) -> int:
+    """How often the random draws of a step have been renewed.
+
+    After the first time that a step was not finite, the same draws come again, so that a fault of the machine leaves no
+    trace; after every further time, from the checkpoint on, others do.
+    """
+    seen: set[int] = set()
+    count = 0
+    for rollback in rollbacks:
+        count += rollback.step in seen and rollback.back_to <= step
+        seen.add(rollback.step)
+    return count
+
+
+def _not_finite(task: Task, worker: Worker, saver: Saver | None, step: int, what: str) -> NonFiniteError:
+    """The error of a step whose loss or gradient is not finite; called by all workers. Notes down where training is to
+    go back to, if it may.
+    """
+    said = f"{task.phase}, step {step}: {what} not finite"
+    if saver is None:
+        return NonFiniteError(f"{said}.")
+    saver.settle()
+    tried, allowed = len(saver.rollbacks), task.recovery.rollbacks if task.rolls_back else 0
+    if tried >= allowed:
+        after = f" after {tried} rollbacks" if tried else ""
+        return NonFiniteError(f"{said}{after}; the last checkpoint is kept.")
+    newest = saver.checkpoints.newest()
+    rollback = Rollback(step, newest.step if newest is not None else 0)
+    if worker.rank == 0:
+        saver.checkpoints.add_rollback(rollback)
+    _barrier(task, worker)  # nobody leaves before that is written
+    return RolledBack(f"{said}; going back to step {rollback.back_to}, rollback {tried + 1} of {allowed}")
+
+
+def _barrier(task: Task, worker: Worker) -> None:
+    average_over_workers([torch.zeros(1, device=next(task.objective.parameters()).device)], worker.world)
+
+
+def _blamed_terms(task: Task, worker: Worker, found: list[dict[str, Tensor]]) -> str:
+    """Which terms are not finite, and whose."""
+    slots = range(worker.rank, task.slots, worker.world)
+    bad = {slot: [not bool(value.isfinite()) for value in of.values()] for slot, of in zip(slots, found, strict=True)}
+    return _blame(task, worker, list(found[0]), bad) or "the sum over the workers"
+
+
+def _blamed_gradients(task: Task, worker: Worker, saver: Saver | None, step: int, device: torch.device) -> str:
+    """Which parameters' gradients are not finite, and whose: computed once more, on weights that have not moved."""
+    if task.zero == 3:
+        return "gradient"  # outside the engine nobody has whole parameters
+    parameters = _trainable(task.objective)
+    bad: dict[int, list[bool]] = {}
+    for slot in range(worker.rank, task.slots, worker.world):
+        batch = _on(device, task.batch(step, slot))
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.autocast):
+            loss, _ = task.objective(batch, step, _draws(task, saver, step, slot, device))
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        bad[slot] = [gradient is not None and not bool(gradient.isfinite().all()) for gradient in found]
+    named = _blame(task, worker, [f"gradient of {name}" for name in parameters], bad)
+    return named or "gradient, summed over the workers,"
+
+
+def _blame(task: Task, worker: Worker, names: list[str], bad: dict[int, list[bool]]) -> str:
+    """`a, b and 3 more of worker 1 (slot 3)`, from what each worker knows of its own slots; empty if nothing is bad."""
+    flags = torch.zeros(task.slots, len(names), device=next(task.objective.parameters()).device)
+    for slot, row in bad.items():
+        flags[slot] = torch.tensor(row, device=flags.device)
+    average_over_workers([flags], worker.world)
+    told = []
+    for slot in range(task.slots):
+        wrong = [name for name, flag in zip(names, flags[slot].tolist(), strict=True) if flag]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            told.append(f"{', '.join(wrong[:3])}{more} of worker {slot % worker.world} (slot {slot})")
+    return "; ".join(told)
 
 
 def _validated(task: Task, backend: Backend, worker: Worker, step: int) -> dict[str, float]:
@@ -564,37 +719,108 @@ def _gathered(backend: Backend, average: Averager) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in backend.gathered(average.averages).items()}
 
 
-def _average_file(directory: Path, name: str) -> Path:
-    return directory / f"ema-{name}.safetensors"
+# --- resume checkpoints ------------------------------------------------------------------------------
 
 
-def _save(backend: Backend, averages: Mapping[str, Averager], worker: Worker, step: int) -> None:
-    """A resume checkpoint: weights and moments by the back-end, the EMAs as full named fp32 tensors, the step."""
-    with TemporaryDirectory(prefix="tdiff-checkpoint-") as folder:
-        directory = Path(folder)
-        backend.save(directory)
-        for name, average in averages.items():
-            full = _gathered(backend, average)
-            if worker.rank == 0:
-                save_file(full, _average_file(directory, name))
+@dataclass
+class Progress:
+    """How far training is: steps done, and sums of the values that no metric line has told yet."""
+
+    step: int = 0
+    counted: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        self.counted += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: total / self.counted for name, total in self.sums.items()}
+        self.sums, self.counted = {}, 0
+        return means
+
+
+class Saver:
+    """Writes and reads a task's checkpoints; all workers call it alike."""
+
+    def __init__(self, task: Task, worker: Worker):
+        assert task.checkpoints_url is not None
+        self.task, self.worker = task, worker
+        self.checkpoints = Checkpoints(task.checkpoints_url, task.recovery.checkpoints)
+        self.writing = Writing(self.checkpoints, worker.rank == 0)
+        agreed: list[Any] = [None, None, []]
         if worker.rank == 0:
-            (directory / "progress.json").write_text(json.dumps({"step": step, "world": worker.world}))
-        worker.keep(directory)
+            self.checkpoints.tidy()
+            newest = self.checkpoints.newest()
+            agreed = [newest and newest.url, secrets.token_hex(4), self.checkpoints.rollbacks()]
+        if worker.world > 1:
+            dist.broadcast_object_list(agreed, src=0)
+        self.url: str | None = agreed[0]
+        """Of the checkpoint to go on from."""
+        self.attempt: str = agreed[1]
+        self.rollbacks: list[Rollback] = agreed[2]
+
+    def load_weights(self) -> None:
+        """Sets parameters and buffers, before a back-end takes them over."""
+        if self.url is None:
+            return
+        saved = read_track(self.url, "weights") | read_track(self.url, "buffers")
+        here = {**_trainable(self.task.objective), **_buffers(self.task.objective)}
+        if saved.keys() != here.keys():
+            name = min(saved.keys() ^ here.keys())
+            raise DataError(f"{self.url} is of another network than {self.task.phase}'s: {name} is in one of them")
+        with torch.no_grad():
+            for name, tensor in here.items():
+                tensor.copy_(saved[name].view(tensor.shape))
+
+    def load(self, backend: Backend, averages: Mapping[str, Averager]) -> Progress:
+        """Sets the optimizer's moments and the averages."""
+        if self.url is None:
+            return Progress()
+        progress = Progress(**read_progress(self.url))
+        for track, tensors in self._tracks(backend, averages, progress.step).items():
+            backend.scatter(tensors, read_track(self.url, track))
+        return progress
+
+    @staticmethod
+    def _tracks(backend: Backend, averages: Mapping[str, Averager], updates: int) -> dict[str, list[Tensor]]:
+        of_averages = {f"ema-{name}": average.averages for name, average in averages.items()}
+        return backend.moments(updates) | of_averages
+
+    def save(self, backend: Backend, averages: Mapping[str, Averager], progress: Progress, parts: MetricParts) -> None:
+        """Copies the state, and begins to write the copy once the last one is written."""
+        self.settle()
+        tracks = {"weights": backend.masters(), **self._tracks(backend, averages, progress.step)}
+        own = {track: backend.own(tensors) for track, tensors in tracks.items()}
+        files = {}
+        if self.worker.rank == 0:
+            buffers = _buffers(self.task.objective)
+            own["buffers"] = _whole(buffers, list(buffers.values()))
+            files[PROGRESS] = json.dumps(asdict(progress)).encode()
+        files |= dict(tensors_file(track, self.worker.rank, held) for track, held in own.items() if held)
+        listed = {file: len(content) for file, content in files.items()}
+        if self.worker.world > 1:
+            of_all: list[Any] = [None] * self.worker.world
+            dist.all_gather_object(of_all, listed)
+            listed = {file: size for of_one in of_all for file, size in of_one.items()}
+        name = folder_of(progress.step, self.attempt)
+        self.writing.begin(progress.step, name, files, listed, parts.writer(progress.step))
+
+    def settle(self) -> None:
+        """Waits until nothing is being written, by anybody."""
+        device = next(self.task.objective.parameters()).device
+        while self.writing.of is not None:
+            # Storage has bounds of its own: a worker that waits for a slow one does not hang.
+            self.worker.expects(self.task.recovery.first_step_seconds)
+            self.writing.wait()
+            failed = torch.tensor([float(self.writing.failed)], device=device)
+            average_over_workers([failed], self.worker.world)
+            self.writing.go_on(False, float(failed) > 0)
 
 
-def _restore(task: Task, backend: Backend, averages: Mapping[str, Averager], worker: Worker) -> int:
-    """Goes back to the worker's checkpoint, if it has one: the number of steps already done."""
-    with worker.restored() as directory:
-        if directory is None:
-            return 0
-        progress = json.loads((directory / "progress.json").read_text())
-        if progress["world"] != worker.world:
-            raise ConfigError(
-                f"{task.phase} has a checkpoint of {progress['world']} workers and cannot go on with {worker.world}: "
-                f"set workers={progress['world']}."
-            )
-        backend.load(directory)
-        for name, average in averages.items():
-            backend.scatter(average.averages, load_file(_average_file(directory, name)))
-    step: int = progress["step"]
-    return step
+def _buffers(objective: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of the network's state."""
+    parameters = {name for name, _ in objective.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in objective.state_dict().items() if name not in parameters}

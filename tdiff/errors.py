@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+PASSWORD = re.compile(r"(://[^/@\s]*:)\S*(?=@)|([?&][^=&\s]*(?:password|secret|token)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+"""Within a URL: what stands before its host behind a colon, or what an option of such a name says."""
+
+
+def without_passwords(text: str) -> str:
+    """The text with … in the place of every password within a URL."""
+    return PASSWORD.sub(r"\1\2…", text)
+
 
 class Problem(Exception):
     """What the commands turn into one sentence and exit code 2."""
@@ -16,7 +26,15 @@ class DataError(Problem, ValueError):
 
 
 class NonFiniteError(Problem, FloatingPointError):
-    """A loss or gradient that is not finite: phase, step and term."""
+    """A loss or gradient that is not finite: phase, step, worker and term."""
+
+
+class RolledBack(NonFiniteError):
+    """The same, and training is to go on from the last checkpoint."""
+
+
+class Stopped(Problem):
+    """Work that was told to stop, and can be gone on with."""
 
 
 class WorkersLostError(Problem, RuntimeError):

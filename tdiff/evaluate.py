@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdiff import cli, launch, results
 from tdiff.cli import console
+from tdiff.mirroring import add_result
 from tdiff.runs import existing
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     if given["features"] is not None:
         given["features"] = given["features"].split(",")
     results.settle(run, {name: value for name, value in given.items() if value is not None})
-    workers = launch.default_workers(arguments.workers or run.config().workers)
+    workers = launch.crew_of(arguments.workers or run.config().workers).most
     launch.connect(workers)
     try:
         numbers = results.evaluate(run, launch.at_once(workers))
@@ -28,6 +29,7 @@ def main() -> None:
         launch.disconnect()
     cli.show_tables(results.table(numbers))
     console.print(run.at("evaluation.json"))
+    cli.show_warning(add_result(run, numbers, {}))
 
 
 if __name__ == "__main__":

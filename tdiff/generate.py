@@ -9,6 +9,7 @@ from tdiff.cli import console
 from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
+from tdiff.mirroring import add_result
 from tdiff.runs import existing
 from tdiff.work.jobs import sample_job
 from tdiff.work.judging import KINDS
@@ -86,6 +87,7 @@ def main() -> None:
     console.print(f"{count} images in {job.url}  (grid.png; {time.monotonic() - started:.1f} s)")
     if numbers is not None:
         console.print_json(data=numbers)
+        cli.show_warning(add_result(run, {"generated": {name: numbers}}, {}))
 
 
 if __name__ == "__main__":

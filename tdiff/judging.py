@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from tdiff import launch, storage
 from tdiff.errors import ConfigError
 from tdiff.evaluation import inception
-from tdiff.runs import Run, finish_phase, phase_summary
+from tdiff.runs import CHECKPOINTS, Run, finish_phase, phase_summary
 from tdiff.work.classifying import PHASE, ClassifierPhase, classify, read_classifier_facts
 from tdiff.work.judging import Extractor, Kind
 from tdiff.work.reading import open_split
@@ -91,10 +91,12 @@ def ensure_classifier(run: Run, workers: int, say: Say = print) -> str | None:
 
 def _train(phase: ClassifierPhase, workers: int, say: Say) -> None:
     started = time.time()
-    count = launch.workers_for(phase.config.evaluation.classifier.slots, workers)
-    launch.fit(classify, phase, count, phase.url, say)
+    slots = phase.config.evaluation.classifier.slots
+    crew = launch.Crew(workers, workers)
+    launch.fit(classify, phase, crew, slots, storage.join(phase.url, CHECKPOINTS), phase.config.recovery, say)
     summary, facts = phase_summary(phase.url, started), read_classifier_facts(phase.url)
     finish_phase(phase.url, summary)
+    launch.check_stop()
     wall, overhead = summary["wall_seconds"], summary["overhead_seconds"]
     told = [f"{PHASE:<14} {wall:6.1f} s  (of which start and end {overhead:.1f} s)"]
     if facts["test_accuracy"] is not None:

@@ -1,4 +1,4 @@
-"""Opening a run: its data, its identity, its folder, its lock; everything that can be refused before Ray starts."""
+"""Opening a run: its data, its identity, its folder, its lock; all that can be refused before anything trains."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tdiff.data.shards import Manifest, read_manifest
 from tdiff.data.stream import check_shards
 from tdiff.errors import ConfigError, DataError
 from tdiff.hardware import computes_in_bf16
+from tdiff.mirroring import tracking_uri
 from tdiff.packing import pack
 from tdiff.runs import Run, existing
 from tdiff.work import labels
@@ -35,23 +36,20 @@ RECORDS = ("run.json", "config.yaml")
 
 @dataclass(frozen=True)
 class Opening:
-    """An open run. tracking: MLflow's URI; artifacts: where the default store keeps files (None: its server knows)."""
+    """An open run, and how many workers it wants."""
 
     run: Run
-    workers: int
-    experiment: str
-    tracking: str
-    artifacts: str | None
+    crew: launch.Crew
 
 
 @contextmanager
 def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     """The run of a config, made or found, locked for as long as it is worked on. Raises ConfigError or DataError."""
-    workers = launch.default_workers(config.workers)
-    tracking, artifacts = tracking_uri(config)
+    crew = launch.crew_of(config.workers)
+    tracking_uri(config)  # raises what would be raised at the end
     deepspeed_settings(config.diffusion)  # read again when it is needed; what is wrong with it is known now
     data_url, manifest = open_data(config)
-    bf16 = resolve_precision(config.precision, workers)
+    bf16 = resolve_precision(config.precision, crew.least)
     tree = None if config.tree.run is None else _tree_of(config, manifest, fresh)
     given = set_name(manifest.name)  # it comes from whoever made the data: no path may be in it
     name = config.name or f"{given}-{digest_of(config, bf16, manifest.digest, tree)[:8]}"
@@ -59,7 +57,7 @@ def opened(config: Config, fresh: bool = False) -> Iterator[Opening]:
     try:
         with only_driver(run):
             _identify(run, config, bf16, data_url, manifest, tree, fresh)
-            yield Opening(run, workers, manifest.name, tracking, artifacts)
+            yield Opening(run, crew)
     except PermissionError as error:
         raise ConfigError(f"runs={config.runs} cannot be written ({error}): take a folder that can.") from error
 
@@ -225,16 +223,6 @@ def bf16_for(precision: str, fast: bool) -> bool:
     if precision == "bf16" and not fast:
         raise ConfigError("precision=bf16 needs a GPU or CPU that computes in bf16, the workers have none: take auto.")
     return fast and precision != "fp32"
-
-
-def tracking_uri(config: Config) -> tuple[str, str | None]:
-    """MLflow's address and, for the default sqlite store, its folder of artifacts. Raises ConfigError."""
-    if config.tracking:
-        return config.tracking, None
-    runs = storage.absolute(config.runs)
-    if not storage.is_local(runs):
-        raise ConfigError(f"runs={config.runs} cannot hold MLflow's sqlite file: set tracking=URI of an MLflow server.")
-    return f"sqlite:///{runs}/mlflow.db", f"file://{runs}/mlartifacts"
 
 
 def _commit() -> str | None:

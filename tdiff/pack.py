@@ -69,7 +69,7 @@ def main() -> None:
                 raise ConfigError(f"--{option.replace('_', '-')} has no effect for a WebDataset: leave it out.")
     else:
         for note in source.notes:
-            console.print(note, markup=False)
+            console.print(note)
     shown = (TextColumn("shard"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*shown, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task, started, told = bar.add_task("", total=None, rate=""), time.monotonic(), time.monotonic()
@@ -92,7 +92,7 @@ def main() -> None:
                 arguments.shard_samples,
                 workers=arguments.workers,
                 max_bad=arguments.max_bad_samples or 0,
-                say=lambda text: console.print(text, markup=False),
+                say=console.print,
                 progress=progress,
             )
         finally:

@@ -11,7 +11,6 @@ A shard is a fixed part of its split's order, whoever packs it and whatever happ
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -200,20 +199,13 @@ def pack(
     wait: for another process that packs here, and take what it made; otherwise that is an error. progress is told how
     many shards of how many are finished, and how many images this call packed.
 
-    Raises ConfigError or DataError where it cannot go on; what is finished is kept.
+    Raises ConfigError, DataError or StorageError (DEST is full) where it cannot go on; what is finished is kept.
     """
     plan = plan_of(source, shard_samples)
-    try:
-        with _only_packer(url, wait):
-            if wait and storage.exists(storage.join(url, "manifest.json")):
-                return read_manifest(url)
-            return _packed(plan, url, workers, max_bad, say, progress)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError(
-            f"DEST {url} is full ({error.strerror}): make room and give the same command again, which goes on."
-        ) from error
+    with _only_packer(url, wait):
+        if wait and storage.exists(storage.join(url, "manifest.json")):
+            return read_manifest(url)
+        return _packed(plan, url, workers, max_bad, say, progress)
 
 
 def _packed(

@@ -1,6 +1,6 @@
 """A whole run: which phases make it, what is done already, what comes next.
 
-    data -> tree/00-root -> splits, refits -> prune -> finetune -> diffusion -> samples -> evaluation -> figures
+    data -> tree/00-root -> splits, refits -> prune -> finetune -> diffusion -> samples -> evaluation, report
 
 Every phase is one folder that is finished when its COMPLETE marker is there, so the same command started again
 goes on where the last one stopped. The decisions between the tree's phases are pure functions of what the
@@ -10,20 +10,20 @@ phases wrote (`tdiff.tree.growth`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tdiff import config as configs
 from tdiff import launch, results, storage
 from tdiff.config import Config
 from tdiff.diffusion.condition import CONTROLS
 from tdiff.errors import ConfigError
 from tdiff.hardware import one_thread
-from tdiff.launch import workers_for
+from tdiff.launch import Crew, workers_for
+from tdiff.mirroring import mirror_of, numbers_in, tracking_uri
 from tdiff.opening import opened
-from tdiff.runs import PHASE_NAME, Run, existing, finish_phase, phase_summary
-from tdiff.tracking import Mirror, read_metrics
+from tdiff.runs import CHECKPOINTS, PHASE_NAME, Run, drop_checkpoints, existing, finish_phase, phase_summary
+from tdiff.tracking import Mirror
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
 from tdiff.work import scoring
@@ -34,6 +34,8 @@ from tdiff.work.labels import write_labels
 
 Say = Callable[[str], None]
 STAGES = ("tree", "diffusion", "samples", "report")
+NEXT = "next"
+"""What `--until` names the phase or stage that comes next."""
 
 
 # --- what comes next ---------------------------------------------------------------------------------
@@ -88,17 +90,46 @@ class Driver:
     config: Config
     run: Run
     data_url: str
-    workers: int
+    crew: Crew
     mirror: Mirror
     say: Say
+    samplers: launch.NodeSamplers = field(default_factory=launch.NodeSamplers)
 
-    def crew(self, stage: str, slots: int) -> int:
-        """Connects to Ray; how many workers a stage of so many slots gets. Says so where it is not what was asked."""
-        launch.connect(self.workers)
-        workers = workers_for(slots, launch.at_once(self.workers))
-        if workers != self.workers:
-            self.say(f"{stage}: {workers} of {self.workers} workers, the most that share {slots} slots evenly")
-        return workers
+    def upcoming(self) -> str | None:
+        """What comes next: a phase of the tree, a stage, or nothing."""
+        phase = next_tree_phase(self.run.tree_phases(), self.config, self._read_phase)
+        if phase is not None:
+            return phase.name
+        if not storage.finished(self.run.at(DIFFUSION)):
+            return "diffusion"
+        if results.unfinished(results.standard_jobs(self.run)):
+            return "samples"
+        return None if self._reported() else "report"
+
+    def crew_for(self, stage: str, slots: int) -> Crew:
+        """Connects to Ray; the workers of a stage of so many slots. Says so where they are fewer than asked for."""
+        launch.connect(self.crew.least)
+        if self.crew.least < self.crew.most:
+            return self.crew
+        workers = workers_for(slots, launch.at_once(self.crew.most))
+        if workers != self.crew.most:
+            self.say(f"{stage}: {workers} of {self.crew.most} workers, the most that share {slots} slots evenly")
+        return Crew(workers, workers)
+
+    def connect(self) -> int:
+        """Connects to Ray; how many actors can work at once."""
+        launch.connect(self.crew.least)
+        return launch.at_once(self.crew.most)
+
+    def fit(self, function: Callable[..., None], phase: Any, name: str, url: str, crew: Crew, slots: int) -> None:
+        """Trains a phase on Ray workers, and tells MLflow of it meanwhile."""
+
+        def meanwhile() -> None:
+            self.mirror.progress(name, storage.join(url, "metrics"))
+            self.mirror.system(self.samplers.take())
+
+        checkpoints = storage.join(url, CHECKPOINTS)
+        launch.fit(function, phase, crew, slots, checkpoints, self.config.recovery, self.say, meanwhile)
 
     def grow_tree(self, until: str | None) -> bool:
         """Runs the tree's phases; whether it came to its end (False: `until` came first)."""
@@ -106,8 +137,8 @@ class Driver:
             self._take_tree(existing(self.config.tree.run))
         done = self.run.tree_phases()
         for name in done:
-            self._mirror_phase(self.run.at("tree", name), name)
-        workers: int | None = None
+            self._take_up(self.run.at("tree", name), name)
+        crew: Crew | None = None
         while until not in done:
             upcoming = next_tree_phase(done, self.config, self._read_phase)
             if upcoming is None:
@@ -119,11 +150,13 @@ class Driver:
                 assert previous is not None
                 prune(previous, url, upcoming.leaves)
             else:
-                workers = workers or self.crew("tree", self.config.tree.slots)
+                slots = self.config.tree.slots
+                crew = crew or self.crew_for("tree", slots)
                 kind, leaf = upcoming.kind, upcoming.node
                 phase = GrowingPhase(upcoming.name, kind, url, previous, leaf, self.data_url, self.config)
-                launch.fit(grow, phase, workers, url, self.say)
+                self.fit(grow, phase, upcoming.name, url, crew, slots)
             self._finish(url, upcoming.name, started)
+            launch.check_stop()
             done.append(upcoming.name)
         return False
 
@@ -143,17 +176,19 @@ class Driver:
         """Trains the diffusion model, unless that is done."""
         url = self.run.at(DIFFUSION)
         if storage.finished(url):
-            self._mirror_phase(url, DIFFUSION)
+            self._take_up(url, DIFFUSION)
             return
-        workers = self.crew(DIFFUSION, self.config.diffusion.slots)
+        slots = self.config.diffusion.slots
+        crew = self.crew_for(DIFFUSION, slots)
         settings = deepspeed_settings(self.config.diffusion)
         bf16, tree_url = self.run.record()["bf16"], self.run.grown_tree
         phase = DiffusionPhase(url, tree_url, self.data_url, self.config, bf16, settings)
         started = time.time()
         if self.config.diffusion.condition in CONTROLS:
             write_labels(url, self.config, self.data_url, tree_url)
-        launch.fit(diffuse, phase, workers, url, self.say)
+        self.fit(diffuse, phase, DIFFUSION, url, crew, slots)
         self._finish(url, DIFFUSION, started)
+        launch.check_stop()
 
     def _finish(self, url: str, name: str, started: float) -> None:
         """Marks a phase as complete, noting what its last start took; says so, and mirrors it."""
@@ -168,76 +203,79 @@ class Driver:
         self.say("  ".join([f"{name:<14} {wall:6.1f} s  (of which start and end {overhead:.1f} s)", *told]))
         self._mirror_phase(url, name)
 
+    def _take_up(self, url: str, name: str) -> None:
+        """Does what an earlier start may not have come to after it marked a phase as complete."""
+        drop_checkpoints(url)
+        self._mirror_phase(url, name)
+
     def _mirror_phase(self, url: str, name: str) -> None:
         summary = storage.read_json(storage.join(url, "summary.json"))
         totals = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-        self.mirror.phase(name, read_metrics(storage.join(url, "metrics")), totals)
+        self.mirror.phase(name, storage.join(url, "metrics"), totals)
 
     def sample(self) -> None:
         """Draws what the numbers and pictures need, unless that is done."""
         jobs = results.unfinished(results.standard_jobs(self.run))
         if jobs:
-            launch.connect(self.workers)
+            workers = self.connect()
             started = time.time()
-            count = results.draw(jobs, launch.at_once(self.workers))
+            count = results.draw(jobs, workers)
             seconds = time.time() - started
             self.run.update(sampling={"images": count, "seconds": seconds})
             self.say(f"{'samples':<14} {seconds:6.1f} s  {count} images")
 
     def report(self) -> dict[str, Any]:
         """Numbers, pictures and the report page, unless that is done; returns the numbers."""
-        done = results.evaluation(self.run)
-        settings = self.config.evaluation.model_dump(mode="json")
-        if done is None or done.get("settings") != settings or not storage.finished(self.run.at("report")):
+        done = self._reported()
+        if done is None:
             started = time.time()
-            launch.connect(self.workers)
-            done = results.evaluate(self.run, launch.at_once(self.workers), self.say)
+            done = results.evaluate(self.run, self.connect(), self.say)
             results.figures(self.run)
             results.report(self.run)
             storage.finish(self.run.at("report"))
             self.say(f"{'report':<14} {time.time() - started:6.1f} s")
-        self.mirror.result(dict(_numbers(done)), results.shown(self.run), results.tree_files(self.run))
+        self.mirror.result(dict(numbers_in(done)), results.shown(self.run))
+        self.mirror.finish(results.tree_files(self.run))
         return done
 
-
-def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted names of all numbers in nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{key}", float(value)
+    def _reported(self) -> dict[str, Any] | None:
+        """The numbers, if they are those of the settings, and the report page is there."""
+        done = results.evaluation(self.run)
+        settings = self.config.evaluation.model_dump(mode="json")
+        asked = done is not None and done.get("settings") == settings
+        return done if asked and storage.finished(self.run.at("report")) else None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `train` returns: the run, its numbers (None where it stopped earlier), MLflow's address and trouble."""
+    """What `train` returns: the run, its numbers (None where it stopped earlier), MLflow's address and trouble, and
+    what comes next.
+    """
 
     run: Run
     numbers: dict[str, Any] | None
     tracking: str
     warning: str | None
+    upcoming: str | None
 
 
 def train(config: Config, until: str | None = None, fresh: bool = False, say: Say = print) -> Outcome:
-    """Carries a run on from where it is, to its end or to the end of `until` (a stage or a tree phase's name).
+    """Carries a run on from where it is, to its end or to the end of `until` (a stage, a tree phase's name, or "next").
 
     Raises ConfigError or DataError, before any worker starts, for what can be known to be wrong by then.
     """
-    if until is not None and until not in STAGES and not PHASE_NAME.fullmatch(until):
-        raise ConfigError(f"--until {until} is no stage or phase: take one of {', '.join(STAGES)}, or as 03-split-4.")
+    if until is not None and until not in (*STAGES, NEXT) and not PHASE_NAME.fullmatch(until):
+        raise ConfigError(
+            f"--until {until} is no stage or phase: take one of {', '.join(STAGES)}, {NEXT}, or as 03-split-4."
+        )
     with opened(config, fresh) as opening:
-        run, record = opening.run, opening.run.record()
-        mirror = Mirror(opening.tracking, opening.experiment, run.name, record["id"], opening.artifacts)
-        tags = {
-            "mlflow.source.git.commit": record["commit"] or "unknown",
-            "data_digest": record["data_digest"],
-            **{f"version.{name}": version for name, version in record["versions"].items()},
-        }
-        mirror.open(configs.flat(config), tags, {"config.yaml": config.to_yaml()})
-        driver = Driver(config, run, record["data_url"], opening.workers, mirror, say)
+        run = opening.run
+        mirror = mirror_of(run, *tracking_uri(config))
+        driver = Driver(config, run, run.record()["data_url"], opening.crew, mirror, say)
         numbers = None
         try:
+            if until == NEXT:
+                until = driver.upcoming()
             if driver.grow_tree(until) and until != "tree":
                 if until is not None and until not in STAGES:
                     grown = run.tree_phases()[-1]
@@ -250,4 +288,4 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
         finally:
             launch.disconnect()
             warning = mirror.close()
-    return Outcome(run, numbers, opening.tracking, warning)
+        return Outcome(run, numbers, mirror.uri, warning, driver.upcoming())

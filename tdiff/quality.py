@@ -52,14 +52,14 @@ Task = tuple[Any, ...]
 """A function of `tdiff.work.judging` and its arguments."""
 
 
-def look(groups: Sequence[Sequence[Task]], workers: int) -> list[Seen]:
+def look(groups: Sequence[Sequence[Task]], workers: int, what: str = "looking at images") -> list[Seen]:
     """What Ray actors see in the tasks of each group, joined in their order: sums do not depend on who was first.
 
     Memory holds one sum a group and what came too early, not what every task saw.
     """
     folds = [Fold() for _ in groups]
     places = [(fold, k) for fold, group in zip(folds, groups, strict=True) for k in range(len(group))]
-    for index, seen in launch.map_on_actors(_call, [task for group in groups for task in group], workers):
+    for index, seen in launch.map_on_actors(_call, [task for group in groups for task in group], workers, what=what):
         fold, k = places[index]
         fold.add(k, seen)
     return [fold.seen() for fold in folds]
@@ -282,7 +282,9 @@ def nearest(run: Run, job: SampleJob, workers: int) -> Numbers:
     places = np.arange(manifest.samples("train"))
     tasks = [(config, data_url, places[k : k + NEAREST_BLOCK], every) for k in range(0, len(places), NEAREST_BLOCK)]
     best, least = np.zeros(len(every), np.int64), np.full(len(every), np.inf)
-    for _, (ids, distance) in sorted(launch.map_on_actors(nearest_of, tasks, workers, use_gpu=False)):
+    for _, (ids, distance) in sorted(
+        launch.map_on_actors(nearest_of, tasks, workers, use_gpu=False, what="nearest images")
+    ):
         closer = distance < least
         best[closer], least[closer] = ids[closer], distance[closer]
     ends = np.cumsum([len(images) for images in queries.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdiff import cli, results
 from tdiff.cli import console
+from tdiff.mirroring import add_result
 from tdiff.runs import existing
 
 
@@ -13,6 +14,7 @@ def main() -> None:
     run = existing(parser.parse_args().run)
     results.figures(run)
     console.print(results.report(run))
+    cli.show_warning(add_result(run, {}, results.shown(run)))
 
 
 if __name__ == "__main__":

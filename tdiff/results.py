@@ -117,13 +117,14 @@ def draw(
     shards: dict[str, dict[int, Shard]] = {name: {} for name in jobs}
     calls: list[tuple[Any, ...]] = [(jobs[name], shard) for name, shard in tasks]
     function: Callable[..., Any] = draw_shard
+    what = "samples" if progress is None else ""
     if looking is not None:
         function = draw_and_see
         calls = [
             (job, shard, looking.extractor, max(0, looking.keep - shard * job.draws_per_shard * job.images_per_draw))
             for job, shard in calls
         ]
-    for finished, (index, result) in enumerate(launch.map_on_actors(function, calls, workers), start=1):
+    for finished, (index, result) in enumerate(launch.map_on_actors(function, calls, workers, what=what), start=1):
         name, shard = tasks[index]
         entry = result
         if looking is not None:
@@ -221,7 +222,9 @@ def likelihood(run: Run, workers: int) -> Settings:
     split = "test" if "test" in manifest.splits else "train"
     job = LikelihoodJob(run.grown_tree, record["data_url"], split, config)
     blocks = job.blocks()
-    found = dict(launch.map_on_actors(likelihood_block, [(job, *block) for block in blocks], workers))
+    found = dict(
+        launch.map_on_actors(likelihood_block, [(job, *block) for block in blocks], workers, what="likelihood")
+    )
     arrays = joined(blocks, [found[k] for k in range(len(blocks))])
     storage.write_bytes(run.at("likelihood.safetensors"), save_arrays(arrays))
     return likelihood_summary(job, arrays, math.prod(manifest.shape), config.tree.likelihood == "gaussian")

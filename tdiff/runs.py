@@ -1,11 +1,13 @@
 """The run folder: where each thing lies, and which run it is.
 
 RUN/config.yaml  run.json
-    tree/00-root/ 01-split-1/ …   checkpoints/ model.safetensors tree.json routing.safetensors metrics/ COMPLETE
-    diffusion/                    checkpoints/ ema/ ema.safetensors unet.json (labels.safetensors) metrics/ COMPLETE
-    samples/NAME/                 shard-000000.tar … manifest.json grid.png COMPLETE
+    tree/00-root/ 01-split-2/ …   model.safetensors tree.json routing.safetensors summary.json metrics/ COMPLETE
+    diffusion/                    ema/ ema.safetensors unet.json (labels.safetensors) summary.json metrics/ COMPLETE
+    samples/NAME/                 job.json shard-000000.tar … manifest.json grid.png COMPLETE
     evaluation.json  likelihood.safetensors  figures/  report/index.html
-RUNS/evaluation/classifiers/KEY/  classifier.safetensors classifier.json metrics/ COMPLETE (`tdiff.judging`)
+RUNS/evaluation/                  what judges samples (`tdiff.judging`), what it saw in real images (`tdiff.quality`)
+
+A phase that is trained has checkpoints/ (`tdiff.checkpoints`) until it is COMPLETE.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from tdiff import storage
 from tdiff.config import Config
 from tdiff.data.shards import Manifest, read_manifest
 from tdiff.errors import ConfigError
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a phase's resume checkpoints, in the phase's own."""
 
 PHASE_NAME = re.compile(r"\d\d+-(root|refit|prune|finetune|split-\d+)")
 
@@ -118,7 +123,12 @@ def finish_phase(url: str, summary: dict[str, Any]) -> None:
     """Writes a phase's summary.json and marks its folder as complete."""
     storage.write_text(storage.join(url, "summary.json"), json.dumps(summary, indent=1) + "\n")
     storage.finish(url)
-    storage.remove(storage.join(url, "checkpoints"))  # optimizer moments, which no later phase reads
+    drop_checkpoints(url)
+
+
+def drop_checkpoints(url: str) -> None:
+    """Removes a finished phase's resume checkpoints, which no later phase reads, unless that is done."""
+    storage.remove(storage.join(url, CHECKPOINTS))
 
 
 def existing(url: str) -> Run:

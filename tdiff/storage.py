@@ -8,8 +8,8 @@ AWS_REGION; and AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not 
 answer, or says that it cannot just now, every function here tries again for PATIENCE seconds (the variable
 TDIFF_STORAGE_PATIENCE sets another time; one more READ_TIMEOUT may pass until the last try is given up, longer where
 the connection broke down in the middle of a large write). What then still fails, or cannot be mended by waiting
-(credentials, a bucket that does not exist), is a StorageError; a file that does not exist is a FileNotFoundError, here
-as in local folders.
+(credentials, a bucket that does not exist), is a StorageError, and so is a full local disk; a file that does not exist
+is a FileNotFoundError, here as in local folders.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdiff.errors import ConfigError, DataError, Problem
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # importing it takes half a second, which local runs need not
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 COMPLETE = "COMPLETE"
 
@@ -69,7 +71,7 @@ LONGEST_PAUSE = 5.0
 
 
 class StorageError(Problem, OSError):
-    """Object storage that cannot be used: url, reason, remedy."""
+    """Storage that cannot be used, a store or a full disk: url, reason, remedy."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -112,13 +114,42 @@ def read_text(url: str) -> str:
 
 def read_json(url: str) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError if there is none, DataError if it is damaged, StorageError."""
+    content = read_bytes(url)
     try:
-        value = json.loads(read_bytes(url))
-    except ValueError as error:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{url} is damaged: it is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"{url} is damaged: it holds no JSON object")
     return value
+
+
+def read_as(url: str, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of a text. Raises FileNotFoundError, DataError if it is damaged, StorageError."""
+    content = read_bytes(url)
+    try:
+        return parse(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{url} is damaged: {error}") from error
+
+
+def read_module(url: str, build: Callable[[], M]) -> M:
+    """The module that `build` makes, with the tensors of a safetensors file.
+
+    Raises DataError if it is missing or damaged or holds another module's, however large `build` would be: its shapes
+    are compared before it takes memory. Raises StorageError.
+    """
+    tensors = read_tensors(url)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != shapes:
+        name = next(name for name in [*shapes, *found] if shapes.get(name) != found.get(name))
+        has, needs = (None if s is None else list(s) for s in (found.get(name), shapes.get(name)))
+        raise DataError(f"{url} is damaged: {name} is {has or 'missing'}, but should be {needs or 'missing'}")
+    module = build()
+    module.load_state_dict(tensors)
+    return module
 
 
 def read_tensors(url: str) -> dict[str, Tensor]:
@@ -141,9 +172,9 @@ def write_bytes(url: str, data: bytes) -> None:
         parts = memoryview(data).nbytes >= 2 * PART
         _on_s3(url, "written", lambda fs, path: fs.pipe_file(path, data, chunksize=PART), parts)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -154,6 +185,12 @@ def write_bytes(url: str, data: bytes) -> None:
             os.fsync(folder)  # or a power cut could forget the new name, but not one that was given later
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{url} cannot be written: {error.strerror}; make room there, and the same command goes on"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -28,15 +28,15 @@ def main() -> None:
     address = None if arguments.tracking == "none" else comparison.store(runs[0], arguments.tracking)
     found = tables(entries)
     files = {"tables.md": markdown(found), "tables.csv": as_csv(found)}
-    console.print(files["tables.md"], markup=False)
+    console.print(files["tables.md"])
     if arguments.out is not None:
         for name, text in files.items():
             url = storage.join(storage.absolute(arguments.out), name)
             storage.write_text(url, text)
-            console.print(url, markup=False)
+            console.print(url)
     if address is not None:
         comparison.log(runs, [entry.data for entry in entries], address, files)
-        console.print(f"MLflow    {address[0]}", markup=False)
+        console.print(f"MLflow    {address[0]}")
 
 
 if __name__ == "__main__":

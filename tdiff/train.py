@@ -6,7 +6,7 @@ import time
 
 from tdiff import cli, config
 from tdiff.cli import console
-from tdiff.pipeline import STAGES, Outcome, train
+from tdiff.pipeline import NEXT, STAGES, Outcome, train
 from tdiff.results import pictures, table
 
 
@@ -23,7 +23,11 @@ def main() -> None:
     parser = cli.parser("train", "Carries a run on from where it is. Without CONFIG: the embedded digits demo.")
     parser.epilog = settings_help()
     cli.add_config(parser)
-    parser.add_argument("--until", metavar="STAGE", help=f"stop after {', '.join(STAGES)} or a phase (03-split-4)")
+    parser.add_argument(
+        "--until",
+        metavar="STAGE",
+        help=f"stop after {', '.join(STAGES)}, a phase (03-split-4), or whatever comes {NEXT}",
+    )
     parser.add_argument("--fresh", action="store_true", help="start the run over, deleting its folder")
     arguments = parser.parse_intermixed_args()  # settings may stand after options too
     path, settings = cli.config_and_settings(arguments)
@@ -41,9 +45,9 @@ def _show(outcome: Outcome, seconds: float) -> None:
         console.print(f"report    {run.at('report', 'index.html')}")
     console.print(f"run       {run.url}")
     console.print(f"MLflow    {outcome.tracking}  (make ui)")
-    if outcome.warning:
-        console.print(f"[yellow]{outcome.warning}[/yellow]")
+    cli.show_warning(outcome.warning)
     console.print(f"{seconds:.0f} s in all")
+    console.print(f"next: {outcome.upcoming or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def _check_labels(labels: NDArray[np.int64], images: int, classes: int, file: Pa
 # --- MNIST, Fashion-MNIST ----------------------------------------------------------------------------
 
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
+MOST_IDX = 2**30
+"""Bytes of an IDX file, unpacked; MNIST's largest has 47 million."""
 
 
 def _open_idx(folder: Path, part: str, kind: str) -> tuple[Path, gzip.GzipFile | io.BufferedReader]:
@@ -88,6 +90,8 @@ def _idx(folder: Path, part: str, kind: str, magic: int, only_header: bool = Fal
             if len(header) != 1 + count:
                 raise DataError(f"{path} is cut short within its header: copy or download it again")
             size = math.prod(header[1:])
+            if size > MOST_IDX:
+                raise DataError(f"{path} is damaged: it says that it holds {size} bytes, more than {MOST_IDX}")
             data = b"" if only_header else file.read(size + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, DataError):

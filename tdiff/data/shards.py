@@ -100,6 +100,9 @@ def check_manifest(manifest: Manifest) -> None:
                 raise TypeError("samples and bytes must be whole numbers, 1 or more")
             if not isinstance(shard.name, str) or not isinstance(shard.sha256, str):
                 raise TypeError("a shard's name and sha256 must be texts")
+            # Shards are read from this place, and decoded ones are kept at the same place within the cache.
+            if shard.name.startswith("/") or ".." in shard.name.split("/"):
+                raise ValueError(f"the shard {shard.name} leads out of the folder")
             if (other := seen.setdefault(shard.sha256, shard.name)) != shard.name:
                 raise ValueError(f"{split} has the same images twice, in {other} and {shard.name}")
 

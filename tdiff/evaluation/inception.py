@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from tempfile import NamedTemporaryFile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
@@ -31,7 +32,10 @@ def read_weights(content: bytes) -> dict[str, Tensor]:
     Raises ValueError if it is neither, or holds anything but tensors by name.
     """
     if content[:2] != b"PK" and content[8:9] == b"{":  # a safetensors file: 8 bytes of length, then JSON
-        return load_safetensors(content)
+        try:
+            return load_safetensors(content)
+        except SafetensorError as error:
+            raise ValueError(f"it is no file of tensors ({error})") from error
     try:
         weights = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -8,6 +8,8 @@ Legend: M images, R nodes with routers, L leaves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,23 @@ from tdiff.tree.topology import Topology
 
 EFFECTIVE_SHARE = 0.01
 """A leaf counts (is "effective") when it holds at least this share of the total reach probability."""
+
+CHUNK = 2**20
+"""Images whose reach is computed at once: memory must not grow with their number by hundreds of bytes for each."""
+
+
+def chunks(left: NDArray[np.floating]) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """The rows of `left` in stretches of CHUNK, each with the number of its first."""
+    return ((first, left[first : first + CHUNK]) for first in range(0, len(left), CHUNK))
+
+
+def node_mass(topology: Topology, left: NDArray[np.floating]) -> dict[int, float]:
+    """How many images every node holds: its reach over all of them, added up."""
+    mass = dict.fromkeys(topology.top_down, 0.0)
+    for _, part in chunks(left):
+        for node, p in node_reach(topology, part).items():
+            mass[node] += float(p.sum())
+    return mass
 
 
 def node_reach(topology: Topology, left: NDArray[np.floating]) -> dict[int, NDArray[np.float64]]:
@@ -42,7 +61,25 @@ def effective_leaves(reach: NDArray[np.float64]) -> int:
 
 def members(reach: NDArray[np.float64], leaf: int) -> NDArray[np.int64]:
     """Rows of `reach` [M, L] that belong to leaf index `leaf`: reach >= min(1 / effective leaves, 0.5)."""
-    return np.flatnonzero(reach[:, leaf] >= min(1 / max(effective_leaves(reach), 1), 0.5))
+    return np.flatnonzero(reach[:, leaf] >= _least(effective_leaves(reach)))
+
+
+def leaf_members(topology: Topology, left: NDArray[np.floating], leaf: int) -> NDArray[np.int64]:
+    """`members` of a leaf index from [M, R], in chunks."""
+    least = _least(_effective(topology, left))
+    parts = (first + np.flatnonzero(leaf_reach(topology, part)[:, leaf] >= least) for first, part in chunks(left))
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _least(effective: int) -> float:
+    """Reach from which on an image is a leaf's member."""
+    return min(1 / max(effective, 1), 0.5)
+
+
+def _effective(topology: Topology, left: NDArray[np.floating]) -> int:
+    """`effective_leaves` from [M, R], in chunks."""
+    mass = sum((leaf_reach(topology, part).sum(0) for _, part in chunks(left)), np.zeros(len(topology.leaves)))
+    return int((mass >= EFFECTIVE_SHARE * len(left)).sum())
 
 
 def leaf_to_split(
@@ -52,10 +89,11 @@ def leaf_to_split(
 
     None if the tree has its `max_leaves` effective leaves, or no leaf can be split.
     """
-    reach = leaf_reach(topology, left)
-    if effective_leaves(reach) >= max_leaves:
+    effective = _effective(topology, left)
+    if effective >= max_leaves:
         return None
-    sizes = [len(members(reach, k)) for k in range(len(topology.leaves))]
+    counts = [(leaf_reach(topology, part) >= _least(effective)).sum(0) for _, part in chunks(left)]
+    sizes = [int(size) for size in np.sum(counts, 0)] if counts else [0] * len(topology.leaves)
     can = [k for k, leaf in enumerate(topology.leaves) if topology[leaf].depth < max_depth and sizes[k] >= batch]
     return topology.leaves[max(can, key=lambda k: sizes[k])] if can else None
 
@@ -69,10 +107,11 @@ def leaves_to_prune(topology: Topology, left: NDArray[np.floating]) -> list[int]
     order: list[int] = []
     while len(topology.leaves) > 1:
         column = {node: k for k, node in enumerate(topology.deciding)}
-        reach = leaf_reach(topology, left)
-        counts = np.bincount(reach.argmax(1), minlength=len(topology.leaves))
+        counts = np.zeros(len(topology.leaves), np.int64)
+        for _, part in chunks(left):
+            counts += np.bincount(leaf_reach(topology, part).argmax(1), minlength=len(counts))
         smallest = int(counts.argmin())
-        if counts[smallest] >= EFFECTIVE_SHARE * len(reach):
+        if counts[smallest] >= EFFECTIVE_SHARE * len(left):
             break
         order.append(topology.leaves[smallest])
         topology = topology.prune(topology.leaves[smallest])

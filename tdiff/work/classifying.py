@@ -28,6 +28,7 @@ from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import DataError
 from tdiff.evaluation.classifier import ClassifierSpec, Network, flip, shift
 from tdiff.hardware import device
+from tdiff.runs import CHECKPOINTS
 from tdiff.seeds import seed_of
 from tdiff.tree.model import evaluating, norms
 from tdiff.work.reading import as_images, open_split
@@ -102,7 +103,10 @@ def classify(phase: ClassifierPhase, worker: Worker) -> None:
             slots=order.slots,
             seed=section.seed,
             learning_rate=lambda step: section.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2,
+            checkpoints_url=storage.join(phase.url, CHECKPOINTS),
             checkpoint_images=CHECKPOINT_IMAGES,
+            recovery=config.recovery,
+            rolls_back=config.on_nonfinite == "rollback",
             norms=list(norms(objective)),
             metrics_url=storage.join(phase.url, "metrics"),
         ),
@@ -151,12 +155,8 @@ def right_of(network: Network, split: Reader, worker: Worker) -> tuple[int, int]
 
 def load_classifier(url: str) -> Network:
     """The classifier of a finished phase's folder, frozen, in evaluation mode. Raises DataError if it is damaged."""
-    file = storage.join(url, "classifier.json")
-    try:
-        network = ClassifierSpec.from_json(storage.read_text(file)).build()
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}") from error
-    network.load_state_dict(storage.read_tensors(storage.join(url, "classifier.safetensors")))
+    spec = storage.read_as(storage.join(url, "classifier.json"), ClassifierSpec.from_json)
+    network = storage.read_module(storage.join(url, "classifier.safetensors"), spec.build)
     return network.eval().requires_grad_(False)
 
 

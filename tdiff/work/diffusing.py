@@ -30,6 +30,7 @@ from tdiff.diffusion.ema import TRACKS, Decay, Ema, constant_decay, gamma_from_w
 from tdiff.diffusion.process import make_process
 from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import ConfigError
+from tdiff.runs import CHECKPOINTS
 from tdiff.seeds import permutation, seed_of
 from tdiff.tree.model import Path as TreePath
 from tdiff.tree.model import TreeVAE, Visit
@@ -260,7 +261,10 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
             zero=section.zero,
             deepspeed=phase.deepspeed,
             autocast=phase.bf16,
+            checkpoints_url=storage.join(phase.url, CHECKPOINTS),
             checkpoint_images=section.checkpoint_images,
+            recovery=config.recovery,
+            rolls_back=config.on_nonfinite == "rollback",
             average=lambda tensors: {name: Ema(tensors, decay) for name, decay in tracks.items()},
             snapshots=Snapshots(storage.join(phase.url, "ema"), kept, PREFIX) if kept else None,
             validation=_validation(phase, steps),

@@ -33,9 +33,10 @@ from tdiff.data.stream import Batches, Reader
 from tdiff.engine import Batch, Task, Worker
 from tdiff.errors import ConfigError
 from tdiff.hardware import device
+from tdiff.runs import CHECKPOINTS
 from tdiff.seeds import seed_of
 from tdiff.tree.contrastive import decision_loss, feature_loss
-from tdiff.tree.growth import EFFECTIVE_SHARE, leaf_reach, members, node_reach
+from tdiff.tree.growth import EFFECTIVE_SHARE, leaf_members, node_mass
 from tdiff.tree.losses import Elbo, Frozen, frozen_features, split_elbo, tree_elbo
 from tdiff.tree.model import TreeVAE, evaluating, norms, pick
 from tdiff.tree.topology import Topology
@@ -43,6 +44,9 @@ from tdiff.work.reading import as_images, open_split
 
 DECISION_BLOCK = 512
 """Images per forward pass where decisions are computed: fixed, so that the same weights give the same numbers."""
+
+GATHERED = 2**22
+"""Images whose decisions a GPU holds at a time while the workers put them together."""
 
 LABELS = ".labels"
 """Ends the name of a split's labels in routing.safetensors."""
@@ -73,14 +77,13 @@ def save_tree(url: str, model: TreeVAE) -> None:
 
 
 def load_tree(url: str) -> TreeVAE:
-    """The TreeVAE of a phase's folder."""
-    model = TreeVAE.from_json(storage.read_text(storage.join(url, "tree.json")))
-    model.load_state_dict(storage.read_tensors(storage.join(url, "model.safetensors")))
-    return model
+    """The TreeVAE of a phase's folder. Raises DataError if it is damaged."""
+    file = storage.join(url, "tree.json")
+    return storage.read_module(storage.join(url, "model.safetensors"), lambda: storage.read_as(file, TreeVAE.from_json))
 
 
 def load_topology(url: str) -> Topology:
-    return Topology.from_json(storage.read_text(storage.join(url, "tree.json")))
+    return storage.read_as(storage.join(url, "tree.json"), Topology.from_json)
 
 
 class Decisions(NamedTuple):
@@ -103,7 +106,7 @@ def decisions_bytes(decisions: dict[str, Decisions]) -> bytes:
 def load_decisions(url: str) -> dict[str, Decisions]:
     """routing.safetensors of a phase's folder, by split."""
     found = {name: t.numpy() for name, t in storage.read_tensors(storage.join(url, "routing.safetensors")).items()}
-    splits = [name for name in found if not name.endswith(LABELS)]
+    splits = sorted(name for name in found if not name.endswith(LABELS))  # safetensors has them in any order
     return {split: Decisions(found[split], found.get(split + LABELS)) for split in splits}
 
 
@@ -229,9 +232,10 @@ def grow(phase: GrowingPhase, worker: Worker) -> None:
     task = _split_task(phase, model, train, worker) if split else _whole_tree_task(phase, model, train)
     outcome = engine.train(task, worker)
 
-    decisions = {"train": decisions_of(model, train, worker)}
+    patience = config.recovery.first_step_seconds
+    decisions = {"train": decisions_of(model, train, worker, patience)}
     if "test" in manifest.splits:
-        decisions["test"] = decisions_of(model, open_split(config, phase.data_url, "test"), worker)
+        decisions["test"] = decisions_of(model, open_split(config, phase.data_url, "test"), worker, patience)
     if worker.rank == 0:
         _finish(phase, model, decisions, outcome)
 
@@ -259,7 +263,10 @@ def _task(
         seed=phase.config.seed,
         learning_rate=learning_rate,
         weight_decay=tree.weight_decay,
+        checkpoints_url=storage.join(phase.url, CHECKPOINTS),
         checkpoint_images=tree.checkpoint_images,
+        recovery=phase.config.recovery,
+        rolls_back=phase.config.on_nonfinite == "rollback",
         norms=list(norms(objective)),
         metrics_url=storage.join(phase.url, "metrics"),
     )
@@ -311,8 +318,8 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Work
     tree = phase.config.tree
     assert phase.leaf is not None
     assert phase.previous is not None
-    reach = leaf_reach(model.topology, load_routing(phase.previous, "train"))
-    ids = members(reach, model.topology.leaves.index(phase.leaf))
+    leaf = model.topology.leaves.index(phase.leaf)
+    ids = leaf_members(model.topology, load_routing(phase.previous, "train"), leaf)
     order = _order(phase, train.counts(ids))
     still = tree.augmentation == "none"
     frozen = frozen_of(model, phase.leaf, train, ids, worker) if still else None
@@ -389,22 +396,28 @@ def unpacked(rows: Tensor, model: TreeVAE, leaf: int) -> Frozen:
     return Frozen(*(part.reshape(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
-def decisions_of(model: TreeVAE, split: Reader, worker: Worker) -> Decisions:
-    """Decisions on all images in manifest order: in fixed blocks, each worker a stretch of them."""
+def decisions_of(model: TreeVAE, split: Reader, worker: Worker, patience: float) -> Decisions:
+    """Decisions on all images in manifest order: in fixed blocks, each worker a stretch of them.
+
+    patience: seconds after which a worker without a further block hangs.
+    """
     blocks = -(-len(split) // DECISION_BLOCK)
-    left = torch.zeros(len(split), len(model.topology.deciding), device=device())
-    labels = torch.zeros(len(split), dtype=torch.int64, device=device())  # counted from 1; 0: there is none
+    left = torch.zeros(len(split), len(model.topology.deciding))
+    labels = torch.zeros(len(split), dtype=torch.int64)  # counted from 1; 0: there is none
     with evaluating(model):
         shares = [min(blocks * k // worker.world * DECISION_BLOCK, len(split)) for k in range(worker.world + 1)]
         first, last = shares[worker.rank : worker.rank + 2]
         for place, found in split.blocks(first, last, DECISION_BLOCK):
-            left[place] = model.routing(as_images(found.images).to(device()))
+            worker.expects(patience)  # of all images together nobody knows how long they take
+            left[place] = model.routing(as_images(found.images).to(device())).cpu()
             if found.labels is not None:
-                labels[place] = torch.from_numpy(found.labels + 1).to(device())
+                labels[place] = torch.from_numpy(found.labels + 1)
     if worker.world > 1:
-        for part in (left, labels):
-            dist.all_reduce(part)  # every row is one worker's number plus zeros, so the sum is exact
-    return Decisions(left.cpu().numpy(), labels.cpu().numpy() - 1 if bool((labels > 0).all()) else None)
+        for part in (*left.split(GATHERED), *labels.split(GATHERED)):
+            summed = part.to(device())
+            dist.all_reduce(summed)  # every row is one worker's number plus zeros, so the sum is exact
+            part.copy_(summed)
+    return Decisions(left.numpy(), labels.numpy() - 1 if bool((labels > 0).all()) else None)
 
 
 def _finish(
@@ -415,8 +428,7 @@ def _finish(
 ) -> None:
     """Rank 0 writes what the phase hands on, and its summary."""
     topology = model.topology
-    mass = {node: float(p.sum()) for node, p in node_reach(topology, decisions["train"].left).items()}
-    model.topology = topology.with_samples(mass)
+    model.topology = topology.with_samples(node_mass(topology, decisions["train"].left))
     storage.write_bytes(storage.join(phase.url, "routing.safetensors"), decisions_bytes(decisions))
     save_tree(phase.url, model)
     summary: dict[str, Any] = {

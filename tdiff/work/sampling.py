@@ -144,10 +144,10 @@ def open_tree(url: str) -> TreeVAE:
 def open_denoiser(diffusion_url: str, ema: float | None) -> Denoiser:
     """The denoiser with the average's weights of a width (None: those of ema.safetensors), frozen, there too."""
     spec = load_spec(diffusion_url)
-    denoiser = Denoiser(spec)
     if ema is None:
-        denoiser.load_state_dict(storage.read_tensors(storage.join(diffusion_url, "ema.safetensors")))
+        denoiser = storage.read_module(storage.join(diffusion_url, "ema.safetensors"), lambda: Denoiser(spec))
     else:
+        denoiser = Denoiser(spec)
         denoiser.load_state_dict(rebuild(diffusion_url, ema))
     return denoiser.eval().requires_grad_(False).to(device())
 
@@ -158,7 +158,8 @@ _denoiser = lru_cache(maxsize=1)(open_denoiser)
 
 
 def load_spec(diffusion_url: str) -> DenoiserSpec:
-    return DenoiserSpec.from_json(storage.read_text(storage.join(diffusion_url, "unet.json")))
+    """Its shape. Raises DataError if unet.json is damaged."""
+    return storage.read_as(storage.join(diffusion_url, "unet.json"), DenoiserSpec.from_json)
 
 
 @lru_cache(maxsize=1)

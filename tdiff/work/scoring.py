@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tdiff.evaluation.clustering import accuracy, ari, leaf_purity, nmi, scores
 from tdiff.evaluation.controls import KMEANS_VALUES, kmeans, ward
 from tdiff.seeds import permutation, seed_of
-from tdiff.tree.growth import effective_leaves, leaf_reach
+from tdiff.tree.growth import EFFECTIVE_SHARE, chunks, leaf_reach, node_mass
 from tdiff.tree.topology import Topology
 from tdiff.work.growing import Decisions
 
@@ -62,13 +62,12 @@ def progress(topology: Topology, decisions: dict[str, Decisions]) -> dict[str, f
     """A phase's numbers for its summary: every leaf's share of the training images (by node id), effective leaves, and
     ACC and NMI of the splits whose images have labels.
     """
-    reach = leaf_reach(topology, decisions["train"].left)
-    shares = zip(topology.leaves, reach.mean(0), strict=True)
-    out: dict[str, float] = {f"train_share/{leaf}": float(share) for leaf, share in shares}
-    out["train_effective_leaves"] = effective_leaves(reach)
+    mass, images = node_mass(topology, decisions["train"].left), len(decisions["train"].left)
+    out = {f"train_share/{leaf}": mass[leaf] / images for leaf in topology.leaves}
+    out["train_effective_leaves"] = sum(mass[leaf] >= EFFECTIVE_SHARE * images for leaf in topology.leaves)
     for split, (left, labels) in decisions.items():
         if labels is not None:
-            clusters = leaf_reach(topology, left).argmax(1)
+            clusters = np.concatenate([leaf_reach(topology, part).argmax(1) for _, part in chunks(left)])
             out |= {f"acc_{split}": accuracy(labels, clusters), f"nmi_{split}": nmi(labels, clusters)}
     return out
 
