@@ -1,10 +1,10 @@
-# make demo | test | test-slow | lint | bench | ui; every target sets up .venv first (a no-op when that is done).
+# make demo | test | test-slow | lint | bench | manifests | ui; every target sets up .venv first (a no-op when that is done).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup demo test test-slow lint bench ui clean
+.PHONY: setup demo test test-slow lint bench manifests ui clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/phase_overhead.py
+
+# The jobs as plain files, from what jobs/source and cluster/ray say. Needs kubectl (Debian: kubernetes-client).
+manifests: setup
+	$(BIN)/python jobs/write.py
 
 # Shows the runs of ./runs; another folder: make ui RUNS=…
 RUNS ?= runs

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from tdiff import config, plan
+from tdiff import config, estimates
 from tdiff.diffusion.condition import Denoiser
 from tdiff.diffusion.ema import Ema
 from tdiff.engine import DeepSpeedBackend, Task
@@ -154,7 +154,7 @@ def main() -> None:
                 ratio = max(rank["moments"] + rank["emas"] for rank in of_ranks) / formula
                 # All but the bucket, which `plan` leaves out.
                 total = max(sum(rank[kind] for kind in KINDS if kind != "bucket") for rank in of_ranks)
-                planned = total / plan.bytes_per_rank(parameters, zero, world, emas)
+                planned = total / estimates.bytes_per_rank(parameters, zero, world, emas)
                 rows.append({"zero": zero, "workers": world, "ranks": of_ranks, "over_formula": round(ratio, 4)})
                 rows[-1]["over_plan"] = round(planned, 4)
                 print(

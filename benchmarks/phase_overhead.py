@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     chosen = config.load(None, ["tree.epochs.initial=1"])
+    crew = launch.Crew(arguments.workers, arguments.workers)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder, "data"))
@@ -36,11 +37,11 @@ def main() -> None:
         launch.connect(arguments.workers)
         connected = time.time() - connecting
         for k in range(arguments.repeats):
-            url = str(Path(folder, f"{k:02d}-root"))
+            name = f"{k:02d}-root"
+            url = str(Path(folder, name))
+            phase = GrowingPhase(name, "root", url, None, None, data, chosen)
             called = time.time()
-            launch.fit(
-                grow, GrowingPhase(f"{k:02d}-root", "root", url, None, None, data, chosen), arguments.workers, url
-            )
+            launch.fit(grow, phase, crew, chosen.tree.slots, str(Path(url, "checkpoints")), chosen.recovery)
             returned = time.time()
             summary = json.loads(Path(url, "summary.json").read_text())
             rows.append((summary["first_step_at"] - called, returned - summary["last_step_at"]))

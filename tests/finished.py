@@ -55,6 +55,8 @@ class Alone:
 
     rank, world = 0, 1
 
+    def expects(self, seconds: float) -> None: ...
+
 
 def finished_run(folder: Path, denoiser: bool = True, channels: int = 1, settings: tuple[str, ...] = ()) -> Run:
     """RUN with a tree of three leaves and, unless it has come no further, a denoiser, for images of 8x8."""
@@ -78,7 +80,9 @@ def finished_run(folder: Path, denoiser: bool = True, channels: int = 1, setting
                 parameter *= 3 / logits[:, k].std()
     url = run.at("tree", "00-finetune")
     save_tree(url, tree)
-    decisions = {split: decisions_of(tree, open_split(config, data, split), Alone()) for split in ("train", "test")}
+    decisions = {
+        split: decisions_of(tree, open_split(config, data, split), Alone(), 60.0) for split in ("train", "test")
+    }
     storage.write_bytes(storage.join(url, "routing.safetensors"), decisions_bytes(decisions))
     _finish(url)
     if denoiser:

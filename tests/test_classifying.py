@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,14 @@ from tdiff.work.reading import as_images
 
 
 class Alone:
-    """One worker of one, which keeps nothing."""
+    """One worker of one."""
 
     rank, world = 0, 1
 
-    def restored(self) -> nullcontext[None]:
-        return nullcontext()
+    def told_to_stop(self) -> bool:
+        return False
 
-    def keep(self, directory: Path) -> None: ...
+    def expects(self, seconds: float) -> None: ...
 
 
 def config_of(data: dict[str, Any] | None = None, **classifier: Any) -> Config:
@@ -169,7 +168,8 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Training without Ray; the folders of the trainings."""
     urls: list[str] = []
 
-    def fit(function: Callable[..., None], phase: ClassifierPhase, workers: int, url: str, say: Any) -> None:
+    def fit(function: Callable[..., None], phase: ClassifierPhase, *further: Any) -> None:
+        url = phase.url
         urls.append(url)
         assert not storage.finished(url)
         function(phase, Alone())

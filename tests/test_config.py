@@ -24,6 +24,7 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "seed": (1, True),
     "workers": (1, False),
     "precision": ("fp32", False),
+    "on_nonfinite": ("rollback", False),
     "tracking": ("http://mlflow:5000", False),
     "data.name": ("mnist", False),
     "data.source_dir": ("/data/mnist", False),
@@ -115,6 +116,12 @@ OTHER: dict[str, tuple[Any, bool]] = {
     "evaluation.classifier.slots": (1, False),
     "evaluation.classifier.learning_rate": (1e-4, False),
     "evaluation.classifier.seed": (1, False),
+    "recovery.checkpoint_minutes": (1.5, False),
+    "recovery.checkpoints": (3, False),
+    "recovery.rollbacks": (1, False),
+    "recovery.retries": (0, False),
+    "recovery.first_step_seconds": (60.0, False),
+    "recovery.step_seconds": (10.0, False),
 }
 
 
@@ -531,6 +538,7 @@ SHAPES = {
     "cifar10-edm": (3, 32),
     "celeba": (3, 64),
     "cubicc": (3, 64),
+    "scale": (3, 64),
 }
 
 
@@ -539,7 +547,8 @@ SHAPES = {
 )
 def test_every_config_fits_its_data_set(file: Path):
     config = load(str(file))
-    assert config.data.name == file.stem.removesuffix("-edm").replace("fashion-cpu", "fashion-mnist")
+    if config.data.url is None:
+        assert config.data.name == file.stem.removesuffix("-edm").replace("fashion-cpu", "fashion-mnist")
     channels, size = SHAPES.get(file.stem, (1, 8))
     tree, unet = config.tree_spec(channels, size), config.unet_spec(channels, size)
     assert (tree.likelihood == "bernoulli") == (channels == 1)

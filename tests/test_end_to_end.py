@@ -24,8 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tdiff
+from tdiff import storage
 from tdiff.data.shards import read_manifest
 from tdiff.data.stream import read_split
+from tdiff.mirroring import numbers_in
 from tdiff.runs import Run
 from tdiff.work.growing import load_topology, load_tree
 from tdiff.work.sampling import read_samples
@@ -143,7 +145,7 @@ def test_mlflow_mirrors_the_run(straight: Path) -> None:
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
     parent = parents[0]
-    children = {run.info.run_name: run for run in runs if run is not parent}
+    children = {run.data.tags["tdiff.phase"]: run for run in runs if run is not parent}
     assert set(children) == {*tiny(straight).tree_phases(), "diffusion"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     split = children["01-split-1"].data.metrics if "01-split-1" in children else children["01-split-2"].data.metrics
@@ -264,6 +266,31 @@ def test_evaluate_and_report_again(straight: Path) -> None:
     assert command("evaluate", run.url, cwd=straight).returncode == 0
     assert json.loads(Path(run.at("evaluation.json")).read_text()) == before
     assert command("report", run.url, cwd=straight).stdout.strip().endswith("report/index.html")
+
+
+def test_what_is_computed_later_comes_to_mlflow_too(straight: Path, tmp_path: Path) -> None:
+    """Into the same MLflow run, which stays finished; from another folder than the run was trained in."""
+    run = Run(shutil.copytree(straight, tmp_path / "copy") / "runs" / "tiny")
+    options = ("--num", "40", "--fid", "--seed", "7")
+    done = command("generate", run.url, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (samples,) = [name for name in storage.listing(run.at("samples")) if "seed=7" in name]
+    found = json.loads(Path(run.at("samples", samples, "quality.json")).read_text())
+    written = Path(run.at("evaluation.json"))
+    numbers = json.loads(written.read_text())
+    written.write_text("{}")
+    done = command("evaluate", run.url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(written.read_text()) == numbers
+    client = MlflowClient(f"sqlite:///{tmp_path}/copy/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`tdiff.phase` = 'all'")
+    assert parent.info.status == "FINISHED"
+    mine = f"generated.{samples.replace('=', ':')}."
+    logged = {key.removeprefix(mine): value for key, value in parent.data.metrics.items() if key.startswith(mine)}
+    assert logged == dict(numbers_in(found))
+    assert len(logged) > 5
 
 
 def test_a_tree_alone_is_evaluated_as_far_as_it_goes(straight: Path, tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ class Alone:
 
     rank, world = 0, 1
 
+    def __init__(self) -> None:
+        self.expected: list[float] = []
+
+    def expects(self, seconds: float) -> None:
+        self.expected.append(seconds)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
@@ -94,8 +100,14 @@ def test_the_workers_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch,
         assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == on_disk
 
 
+def test_no_number_of_images_makes_decisions_a_worker_that_hangs(model: TreeVAE, data: DataSet):
+    worker = Alone()
+    decisions_of(model, reader(data), worker, 7.0)
+    assert worker.expected == [7.0] * 3  # once a block
+
+
 def test_decisions_carry_the_labels_and_come_back(model: TreeVAE, data: DataSet, tmp_path: Path):
-    found = decisions_of(model, reader(data), Alone())
+    found = decisions_of(model, reader(data), Alone(), 60.0)
     assert found.left.shape == (IMAGES, 2)
     assert data.labels is not None
     assert found.labels is not None
@@ -111,7 +123,7 @@ def test_decisions_carry_the_labels_and_come_back(model: TreeVAE, data: DataSet,
 
 def test_decisions_on_images_without_labels_have_none(model: TreeVAE, tmp_path: Path):
     made = make_set(tmp_path, [40, 30], shape=(1, 8, 8), labelled=False)
-    found = decisions_of(model, reader(made), Alone())
+    found = decisions_of(model, reader(made), Alone(), 60.0)
     assert found.labels is None
     url = str(tmp_path / "phase")
     storage.write_bytes(f"{url}/routing.safetensors", growing.decisions_bytes({"train": found, "test": found}))

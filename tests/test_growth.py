@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdiff.tree import growth
 from tdiff.tree.growth import effective_leaves, leaf_reach, leaf_to_split, leaves_to_prune, members, node_reach
 from tdiff.tree.topology import Topology
 
@@ -31,6 +32,23 @@ def sent(topology: Topology, leaves: list[int], sure: float = 1.0) -> np.ndarray
                 p = sure if topology[child].side == "left" else 1 - sure
                 left[m, topology.deciding.index(node)] = p
     return left
+
+
+def test_all_images_are_decided_on_in_chunks_as_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Members, masses, the leaf to split and those to prune: chunks of three images, the last one short."""
+    left = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+    left[:, 0] *= 0.1  # so that a leaf is to be pruned
+    reach = leaf_reach(FOUR, left)
+    whole = {node: p.sum() for node, p in node_reach(FOUR, left).items()}
+    asked = [leaf_to_split(FOUR, left, 9, 6, 2), leaves_to_prune(FOUR, left)]
+    assert None not in asked
+    assert asked[1] != []
+    monkeypatch.setattr(growth, "CHUNK", 3)
+    assert [leaf_to_split(FOUR, left, 9, 6, 2), leaves_to_prune(FOUR, left)] == asked
+    assert growth.node_mass(FOUR, left) == pytest.approx(whole)
+    for leaf in range(4):
+        assert growth.leaf_members(FOUR, left, leaf).tolist() == members(reach, leaf).tolist()
+    assert growth.leaf_members(TWO, np.zeros((0, 1)), 0).tolist() == []
 
 
 # --- reach -------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.data.sources import Source, Split
 from tdiff.errors import ConfigError, DataError
 from tdiff.hardware import computes_in_bf16
-from tdiff.opening import bf16_for, digest_of, only_driver, open_data, opened, tracking_uri
+from tdiff.mirroring import numbers_in, tracking_uri
+from tdiff.opening import bf16_for, digest_of, only_driver, open_data, opened
 from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
 from tdiff.runs import Run
@@ -402,6 +403,16 @@ def test_a_tree_of_another_run_is_copied_once(grown: Run, tmp_path: Path):
     assert len(said) == 3
 
 
+def test_what_a_kill_left_of_a_finished_phase_s_checkpoints_goes(grown: Run, monkeypatch: pytest.MonkeyPatch):
+    """Killed between the marker and the removal, as `finish_phase` does them."""
+    left = grown.at("tree", "00-root", "checkpoints", "000000010-00000000", "weights-00000.safetensors")
+    storage.write_text(left, "moments")
+    monkeypatch.setattr(pipeline.Driver, "_mirror_phase", lambda driver, url, name: None)
+    driver = pipeline.Driver(grown.config(), grown, "", launch.Crew(1, 1), Mirror("", "", "", "", None), print)
+    assert driver.grow_tree(None)
+    assert set(storage.listing(grown.at("tree", "00-root"))) == {"COMPLETE", "metrics", "model.safetensors"}
+
+
 def test_a_tree_that_is_copied_needs_the_other_run_no_more(grown: Run, tmp_path: Path):
     config = here(tmp_path, "name=mine", f"tree.run={grown.url}")
     run = open_run(config)
@@ -633,7 +644,7 @@ def test_the_lock_of_a_killed_driver_is_free(tmp_path: Path):
 
 def test_the_numbers_of_a_result_get_dotted_names():
     nested = json.loads('{"run": "x", "leaves": 3, "clustering": {"tree_test": {"acc": 0.5, "why": "no number"}}}')
-    assert dict(pipeline._numbers(nested)) == {"leaves": 3.0, "clustering.tree_test.acc": 0.5}
+    assert dict(numbers_in(nested)) == {"leaves": 3.0, "clustering.tree_test.acc": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ the U-Nets are narrow; the slow one takes them as they are.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,15 +34,14 @@ THREE = Topology.root_with_two_leaves("00-root").split(1, "01-split-1")
 
 
 class Alone:
-    """One worker of one, without checkpoints."""
+    """One worker of one."""
 
     rank, world = 0, 1
 
-    def restored(self) -> nullcontext[None]:
-        return nullcontext()
+    def told_to_stop(self) -> bool:
+        return False
 
-    def keep(self, directory: Path) -> None:
-        raise AssertionError("two steps need no checkpoint")
+    def expects(self, seconds: float) -> None: ...
 
 
 def variant(stem: str, condition: str, *settings: str) -> Config:
