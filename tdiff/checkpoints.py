@@ -35,6 +35,10 @@ PROGRESS = "progress.json"
 ROLLBACKS = "rollbacks.json"
 
 
+class CheckpointGone(RuntimeError):
+    """A checkpoint that was whole when it was chosen is being removed: whoever begins again finds a newer one."""
+
+
 class Kept(NamedTuple):
     """A checkpoint that is whole."""
 
@@ -89,12 +93,12 @@ class Checkpoints:
         What is listed is what was written, not what is there: another attempt's `tidy` may have removed some of it.
         """
         storage.write_text(storage.join(url, storage.COMPLETE), json.dumps(files))
-        for old in self.all()[: -self.at_least]:
-            try:
+        try:
+            for old in self.all()[: -self.at_least]:
                 storage.remove(storage.join(old.url, storage.COMPLETE))  # first, or half of it would look whole
                 storage.remove(old.url)
-            except OSError as error:  # the new one is whole all the same
-                log.warning("%s is too old and cannot be removed now: %s", old.url, error)
+        except OSError as error:  # the new one is whole all the same
+            log.warning("checkpoints that are too old cannot be removed now: %s", error)
 
     def rollbacks(self) -> list[Rollback]:
         """In the order of their time."""
@@ -113,6 +117,9 @@ def _whole(url: str) -> bool:
         listed = storage.read_json(storage.join(url, storage.COMPLETE))
     except FileNotFoundError:
         return False
+    except DataError as error:
+        log.warning("%s, so it does not count", error)
+        return False
     there = storage.versions(url)
     return all(name in there and there[name][0] == size for name, size in listed.items())
 
@@ -126,12 +133,12 @@ def tensors_file(track: str, rank: int, parts: Mapping[str, Tensor]) -> tuple[st
 def read_track(url: str, track: str) -> dict[str, Tensor]:
     """A track of all workers together: parameter's name -> all its numbers, flat, on the CPU.
 
-    Raises DataError if some are missing.
+    Raises DataError if some are missing, CheckpointGone if files are that its marker lists.
     """
     parts: dict[str, dict[int, Tensor]] = {}
-    for file in storage.listing(url):
+    for file in _listed(url):
         if re.fullmatch(rf"{re.escape(track)}-\d+\.safetensors", file):
-            for key, part in storage.read_tensors(storage.join(url, file)).items():
+            for key, part in storage.as_tensors(storage.join(url, file), _read(url, file)).items():
                 start, _, name = key.partition(":")
                 parts.setdefault(name, {})[int(start)] = part
     full = {}
@@ -145,7 +152,22 @@ def read_track(url: str, track: str) -> dict[str, Tensor]:
 
 
 def read_progress(url: str) -> dict[str, Any]:
-    return storage.read_json(storage.join(url, PROGRESS))
+    """What `PROGRESS` says. Raises CheckpointGone."""
+    found: dict[str, Any] = json.loads(_read(url, PROGRESS))
+    return found
+
+
+def _listed(url: str) -> Mapping[str, int]:
+    """The files of a checkpoint, name -> bytes, as its marker says."""
+    listed: Mapping[str, int] = json.loads(_read(url, storage.COMPLETE))
+    return listed
+
+
+def _read(url: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(url, name))
+    except FileNotFoundError as error:
+        raise CheckpointGone(f"the checkpoint {url} was removed while it was read") from error
 
 
 class Writing:

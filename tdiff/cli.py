@@ -40,9 +40,15 @@ def config_and_settings(arguments: argparse.Namespace) -> tuple[str | None, list
     return path, settings
 
 
+_terminated = False
+"""Whether SIGTERM came where no workers train."""
+
+
 def _stop(signum: int, frame: object) -> None:
     """What SIGTERM does where no workers train (`tdiff.launch.fit`): whatever is finished is kept."""
-    raise Stopped("told to stop by SIGTERM; the same command goes on from here.")
+    global _terminated
+    _terminated = True
+    raise KeyboardInterrupt  # the one exception that ends Ray's waiting
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -57,6 +63,9 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"tdiff: {without_passwords(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        if _terminated:
+            print("tdiff: told to stop by SIGTERM; the same command goes on from here.", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
         print("tdiff: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
 

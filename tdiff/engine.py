@@ -468,6 +468,12 @@ def average_over_workers(values: list[Tensor], world: int) -> None:
         value.copy_(part.view_as(value))
 
 
+LONG = 60.0
+"""Seconds of training that a kill between the last step and the end of the phase may cost: after more, the last step
+has a checkpoint too.
+"""
+
+
 @dataclass
 class Outcome:
     """What training leaves: averages of the weights, and where the time went."""
@@ -525,7 +531,8 @@ def train(task: Task, worker: Worker) -> Outcome:
 
         # One collective a step: is every worker's loss finite, metrics, wishes, batch-norm statistics.
         scalars = torch.stack([value for slot in found for value in slot.values()]).view(len(found), -1).mean(0)
-        late = worker.rank == 0 and time.monotonic() - saved > 60 * task.recovery.checkpoint_minutes
+        bound = LONG if step + 1 == task.steps else 60 * task.recovery.checkpoint_minutes
+        late = worker.rank == 0 and time.monotonic() - saved > bound
         writing = (False, False) if saver is None else (saver.writing.busy, saver.writing.failed)
         wishes = scalars.new_tensor((worker.told_to_stop(), late, *writing))
         scalars = torch.cat([scalars, wishes])
@@ -546,10 +553,12 @@ def train(task: Task, worker: Worker) -> Outcome:
             average.update(done)
         if snapshots is not None and done in snapshots.steps:
             clock = time.monotonic()
+            worker.expects(task.recovery.first_step_seconds)  # storage has bounds of its own
             for name in snapshots.tracks:
                 full = _gathered(backend, averages[name])
                 if worker.rank == 0:
                     snapshots.write(done, name, full)
+            _barrier(task, worker)  # else the others would wait for worker 0 in the next step, whose bound is short
             seconds["snapshots"] += time.monotonic() - clock
 
         # Lines do not depend on when checkpoints are written, or a run that was killed would have others.
@@ -559,6 +568,7 @@ def train(task: Task, worker: Worker) -> Outcome:
             line = progress.means()
             if validates:
                 clock = time.monotonic()
+                worker.expects(task.recovery.first_step_seconds)
                 line |= _validated(task, backend, worker, step)
                 seconds["validation"] += time.monotonic() - clock
             parts.add(step=done, images=done * task.batch_size, learning_rate=rate, **line)
@@ -567,7 +577,7 @@ def train(task: Task, worker: Worker) -> Outcome:
                 _show_progress(task, first, done, line["loss"], shown - started - seconds["setup"])
         if saver is not None:
             saver.writing.go_on(busy > 0, failed > 0)
-            if done < task.steps and (done % checkpoint_steps == 0 or due > 0 or stop > 0):
+            if due > 0 or (done < task.steps and (done % checkpoint_steps == 0 or stop > 0)):
                 clock = saved = time.monotonic()
                 progress.step = done
                 saver.save(backend, averages, progress, parts)

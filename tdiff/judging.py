@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from tdiff import launch, storage
 from tdiff.errors import ConfigError
 from tdiff.evaluation import inception
+from tdiff.lease import leased
 from tdiff.runs import CHECKPOINTS, Run, finish_phase, phase_summary
 from tdiff.work.classifying import PHASE, ClassifierPhase, classify, read_classifier_facts
 from tdiff.work.judging import Extractor, Kind
@@ -71,7 +72,7 @@ def ensure_classifier(run: Run, workers: int, say: Say = print) -> str | None:
     """Folder of the finished classifier for a run's data, trained first on at most `workers` Ray workers unless that is
     done; None where the training images have no labels, or not two classes. Ray must be connected.
 
-    Where another process on this machine trains it, this one waits. Raises ConfigError if the data is no longer what
+    Where another process trains it, this one waits. Raises ConfigError if the data is no longer what
     the run was made from, DataError if it is damaged.
     """
     config, manifest, data_url = run.config(), run.manifest(), run.record()["data_url"]
@@ -82,8 +83,8 @@ def ensure_classifier(run: Run, workers: int, say: Say = print) -> str | None:
     url = classifier_url(run)
     if storage.finished(url):
         return url
-    # In object storage two at once train the same and write the same.
-    with storage.locked(url, lambda: say(f"{PHASE}: another process trains it, waiting")):
+    only_one = storage.locked if storage.is_local(url) else leased
+    with only_one(url, lambda: say(f"{PHASE}: another process trains it, waiting")):
         if not storage.finished(url):
             _train(ClassifierPhase(url, data_url, config), workers, say)
     return url

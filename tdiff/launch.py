@@ -26,20 +26,23 @@ if not os.environ.get("RAY_ADDRESS"):
     # Nobody scrapes a cluster that lives within this process.
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     # Ray's default for a new local cluster, which listens on every interface.
-    early = "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
+    early = sys.modules.get("ray")
+    if early is None or not early.is_initialized():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
+    if early is not None and not early.is_initialized():
+        # Imported before this module, Ray has kept mode and token as they were then, and could not reach a cluster of
+        # its own.
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-    if early:
-        # Imported before this module, Ray has kept that there is no token, and could not reach a cluster of its own.
-        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
+        Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
 import ray
 import ray.exceptions
 
+from tdiff import storage
 from tdiff.checkpoints import Checkpoints
 from tdiff.config import Recovery
 from tdiff.errors import ConfigError, Problem, RolledBack, Stopped, WorkersLostError
@@ -101,19 +104,32 @@ def connect(workers: int) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
         if not address:
             os.environ[API_SERVER] = f"http://{context.dashboard_url}"
+    uses_gpus()
     available = int(ray.cluster_resources().get("CPU", 0))
     if workers > available:
         raise ConfigError(f"workers={workers} is more than the cluster's {available} CPUs: take workers={available}.")
 
 
 def gpus() -> int:
-    """GPUs of the cluster that is connected: where there are any, every worker gets one."""
+    """GPUs that the cluster that is connected has now."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+_with_gpus = False
+
+
+def uses_gpus() -> bool:
+    """Whether every worker gets a GPU: where the cluster has had any since this process joined it. Lost ones are waited
+    for, or a run would go on on CPUs when its last GPU node is gone.
+    """
+    global _with_gpus
+    _with_gpus = _with_gpus or gpus() > 0
+    return _with_gpus
 
 
 def at_once(workers: int) -> int:
     """How many of the wanted workers the connected cluster can run at once."""
-    return min(workers, gpus()) if gpus() else workers
+    return min(workers, max(1, gpus())) if uses_gpus() else workers
 
 
 def workers_for(slots: int, at_most: int) -> int:
@@ -123,6 +139,8 @@ def workers_for(slots: int, at_most: int) -> int:
 
 def disconnect() -> None:
     """Leaves the cluster; a local one ends."""
+    global _with_gpus
+    _with_gpus = False
     if ray.is_initialized():
         ray.shutdown()
     if not os.environ.get("RAY_ADDRESS"):
@@ -187,7 +205,8 @@ class TrainWorker:
         return self._stop.is_set()
 
     def expects(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+        # Storage may be waited for for longer than usual.
+        self._deadline = time.monotonic() + seconds + max(0.0, storage.patience() - storage.PATIENCE)
 
     def _listen(self) -> None:
         told = self.rank > 0
@@ -226,8 +245,10 @@ _stopping = False
 
 
 def check_stop() -> None:
-    """Raises Stopped if this process was told to stop while workers trained, though they came to their end."""
+    """Raises Stopped, once, if this process was told to stop while workers trained, though they came to their end."""
+    global _stopping
     if _stopping:
+        _stopping = False
         raise Stopped("told to stop by SIGTERM; the same command goes on from the last checkpoint.")
 
 
@@ -259,7 +280,7 @@ def _room() -> int:
     """How many workers the cluster has room for, were nobody else in it: one a GPU, or a CPU where there is none."""
     draining = _draining()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    kind = "GPU" if any(node.get("GPU") for node in nodes) else "CPU"
+    kind = "GPU" if uses_gpus() else "CPU"
     return int(sum(node.get(kind, 0) for node in nodes))
 
 
@@ -267,7 +288,7 @@ def _free() -> int:
     """How many further workers the cluster has room for, beside all that runs there now."""
     from ray._private.state import available_resources_per_node
 
-    draining, kind = _draining(), "GPU" if gpus() else "CPU"
+    draining, kind = _draining(), "GPU" if uses_gpus() else "CPU"
     return sum(int(free.get(kind, 0)) for node, free in available_resources_per_node().items() if node not in draining)
 
 
@@ -307,7 +328,7 @@ def _asked_for(wanted: list[int]) -> Iterator[None]:
         return
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[{"GPU" if gpus() else "CPU": 1}] * wanted[-1])
+    request_resources(bundles=[{"GPU" if uses_gpus() else "CPU": 1}] * wanted[-1])
     try:
         yield
     finally:
@@ -336,7 +357,7 @@ class _Watching:
         self._thread.join()
 
     def _watch(self) -> None:
-        looked, room = time.monotonic(), False
+        looked, room, more = time.monotonic(), False, self._more
         while not self._over.wait(HEARTBEAT / 2):
             try:
                 if _stopping:
@@ -346,11 +367,10 @@ class _Watching:
                     return
                 if time.monotonic() - looked > GROWTH:
                     looked = time.monotonic()
-                    before, room = room, bool(self._more) and min(self._more) <= _free()
+                    before, room = room, bool(more) and min(more) <= _free()
                     if before and room:  # twice in a row: a node that has just come is often not the last one
                         _put(self._key)
-                        self.grows = True
-                        return
+                        self.grows, more = True, ()
                     self._meanwhile()
             except Exception as error:  # the cluster may be gone: then the training's own end tells
                 print(f"{type(error).__name__} beside training: {error}", file=sys.stderr, flush=True)
@@ -370,7 +390,6 @@ def _sigterm_waits() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, handler)
-    interrupt = signal.getsignal(signal.SIGINT)  # which Ray Train exchanges for one of its own
     try:
         yield
     except KeyboardInterrupt:
@@ -378,7 +397,6 @@ def _sigterm_waits() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
 
 
 def _reason(failure: BaseException) -> str:
@@ -388,6 +406,29 @@ def _reason(failure: BaseException) -> str:
     node = re.search(r"hostname='([^']+)'", text)
     told = found[1] if found else text.partition(" Worker info: ")[0]
     return told[:300] + (f" It was on node {node[1]}." if node else "")
+
+
+def _reserved() -> set[str]:
+    """Ids of the placement groups that this process and its actors have in the cluster."""
+    from ray.util.placement_group import placement_group_table
+
+    ours = ray.get_runtime_context().get_job_id()  # with which the ids of all that this job makes end
+    return {key for key, group in placement_group_table().items() if key.endswith(ours) and group["state"] != "REMOVED"}
+
+
+def _give_up_room(before: set[str]) -> None:
+    """Removes what has been reserved in the cluster since then, for workers that are gone.
+
+    Ray Train forgets a placement group whose worker dies just as its function starts, and whoever comes next would wait
+    for that room for ever.
+    """
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    try:
+        for key in _reserved() - before:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+    except Exception as error:  # the cluster may be gone: then the next attempt tells
+        print(f"{type(error).__name__} beside training: {error}", file=sys.stderr, flush=True)
 
 
 def _steps_kept(checkpoints_url: str) -> int:
@@ -465,12 +506,15 @@ def fit(
         _one_thread()
         context = train.get_context()
         worker = TrainWorker(context.get_world_rank(), context.get_world_size(), config["key"])
+        worker.expects(recovery.first_step_seconds)
         config["function"](config["argument"], worker)
+        worker.expects(math.inf)  # the others may be still at work
 
     ENV_VARS_TO_PROPAGATE.add(API_SERVER)
     # A process that does not answer is one that hangs.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(recovery.step_seconds))
     lost, done = 0, _steps_kept(checkpoints_url)
+    before = _reserved()
     with _asked_for(sizes(slots, crew)):
         while True:
             workers = _size(slots, crew, say)
@@ -484,7 +528,7 @@ def fit(
                     loop,
                     train_loop_config={"function": function, "argument": argument, "key": key},
                     torch_config=_torch_config(),
-                    scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=gpus() > 0),
+                    scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=uses_gpus()),
                     run_config=train.RunConfig(
                         name="train",
                         storage_path=folder,  # of what Ray Train keeps itself: our checkpoints are none of it
@@ -494,14 +538,19 @@ def fit(
                         logging_config=LoggingConfig(log_level="CRITICAL"),  # its failures are raised here
                     ),
                 )
+                # Ray Train's own would end this process by sys.exit; Python's ends `fit` by KeyboardInterrupt.
+                trainer._register_sigint_handler = lambda controller: None
                 try:
                     trainer.fit()
                     return
-                except (TrainingFailedError, ray.exceptions.RayActorError) as error:  # the latter: its controller died
-                    failure = error
+                except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
+                    failure = error.with_traceback(None)  # whose frames would keep a controller alive
+            _give_up_room(before)
             causes = [getattr(f, "_base_exc", f) for f in getattr(failure, "worker_failures", {}).values()]
             cause = next((c for c in causes if isinstance(c, Problem | ValueError | ArithmeticError)), None)
             newest = _steps_kept(checkpoints_url)
+            if newest > done:
+                lost = 0
             if isinstance(cause, Stopped):
                 check_stop()
                 why = "there is room for more workers" if watching.grows else "a node is told to go"
@@ -517,7 +566,7 @@ def fit(
                 raise cause from failure
             else:
                 check_stop()
-                lost = 1 if newest > done else lost + 1
+                lost += 1
                 reason = _reason(causes[0] if causes else failure)
                 if lost > recovery.retries:
                     raise WorkersLostError(
@@ -549,7 +598,7 @@ def map_on_actors(
             _one_thread()
             return function(*task)
 
-    new_actor = ray.remote(num_cpus=1, num_gpus=1 if use_gpu and gpus() else 0, max_restarts=0)(Caller).remote
+    new_actor = ray.remote(num_cpus=1, num_gpus=1 if use_gpu and uses_gpus() else 0, max_restarts=0)(Caller).remote
 
     waiting = list(range(len(tasks)))[::-1]
     tries = dict.fromkeys(waiting, 0)
@@ -570,16 +619,17 @@ def map_on_actors(
         index, actor = running.pop(ready)
         try:
             result = ray.get(ready)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause or error) from error
+        except ray.exceptions.RayError as error:  # it died, of too little memory too, or its answer with its node
             if tries[index] >= attempts:
                 reason = " ".join(str(error).split())[:300]
                 raise WorkersLostError(f"task {index} lost its worker {attempts} times: {reason}") from error
             waiting.append(index)
             actor = new_actor()
             start(actor)
+            del actor
             continue
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause or error) from error
         finished += 1
         if what and time.monotonic() - told > PROGRESS and finished < len(tasks):
             told = time.monotonic()
@@ -587,3 +637,4 @@ def map_on_actors(
             print(f"{what}: {finished}/{len(tasks)} parts  {left:.0f} s left", file=sys.stderr, flush=True)
         yield index, result
         start(actor)
+        del actor  # an idle one gives its room to those that wait for some

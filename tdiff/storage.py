@@ -66,6 +66,9 @@ SLOWEST = 512 * 1024
 PART = 8 * 1024**2
 """Bytes of a part of a large write; what is smaller than two goes by one request."""
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that know no locks."""
+
 LONGEST_PAUSE = 5.0
 """Seconds between two tries, at most: how late a store that is back may be noticed."""
 
@@ -155,9 +158,15 @@ def read_module(url: str, build: Callable[[], M]) -> M:
 def read_tensors(url: str) -> dict[str, Tensor]:
     """A safetensors file. Raises DataError if it is missing or damaged, StorageError."""
     try:
-        return load(read_bytes(url))
+        return as_tensors(url, read_bytes(url))
     except FileNotFoundError as error:
         raise DataError(f"{url} is missing") from error
+
+
+def as_tensors(url: str, content: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that was read from there. Raises DataError if it is damaged."""
+    try:
+        return load(content)
     except SafetensorError as error:
         raise DataError(f"{url} is damaged: {error}") from error
 
@@ -307,7 +316,7 @@ def locked(url: str, held: Callable[[], None]) -> Iterator[None]:
             held()
             fcntl.flock(folder, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
             log.warning("%s lies on a file system without locks: let no two processes work there at once", url)
         yield
@@ -356,7 +365,8 @@ def _local_versions(folder: Path) -> Iterator[tuple[str, tuple[int, str]]]:
 # --- S3 ----------------------------------------------------------------------------------------------
 
 
-def _patience() -> float:
+def patience() -> float:
+    """Seconds for which a store that does not answer is tried again. Raises ConfigError."""
     text = os.environ.get("TDIFF_STORAGE_PATIENCE", "")
     try:
         seconds = float(text or PATIENCE)
@@ -390,15 +400,15 @@ def _on_s3(url: str, verb: str, operation: Callable[[S3FileSystem, str], T], par
         # Newer clients send and want checksums that other stores than Amazon's do not know.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    patience = _patience()
-    read_timeout = min(READ_TIMEOUT, max(1.0, patience))
+    seconds = patience()
+    read_timeout = min(READ_TIMEOUT, max(1.0, seconds))
     bucket, _, key = url.removeprefix("s3://").partition("/")
     backoff = wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE, min=0.1)
     tries = Retrying(
         retry=retry_if_exception(_may_pass),
-        wait=lambda state: min(backoff(state), max(0.0, patience - (state.seconds_since_start or 0.0))),
-        stop=stop_after_delay(patience),
-        before_sleep=lambda state: _OUTAGES.begin(bucket, url, verb, state, patience),
+        wait=lambda state: min(backoff(state), max(0.0, seconds - (state.seconds_since_start or 0.0))),
+        stop=stop_after_delay(seconds),
+        before_sleep=lambda state: _OUTAGES.begin(bucket, url, verb, state, seconds),
         reraise=True,
     )
 
@@ -422,7 +432,7 @@ def _on_s3(url: str, verb: str, operation: Callable[[S3FileSystem, str], T], par
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from failed
         reason = f"there is no bucket {bucket} at {_store()}; make it, or correct the URL or AWS_ENDPOINT_URL_S3"
     else:
-        reason = _why(failed, bucket, patience)
+        reason = _why(failed, bucket, seconds)
     raise StorageError(f"{url} cannot be {verb}: {reason}") from failed
 
 

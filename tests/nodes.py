@@ -239,6 +239,11 @@ class Nodes:
         options = ["--submission-id", name, "--working-dir", "."]
         return self.start(servers.program("ray"), "job", "submit", *options, "--", *command, cwd=working_dir, name=name)
 
+    def said(self, job: Job) -> str:
+        """What a submitted job has said so far. Its client hears that up to a minute late while a node is silent."""
+        (log,) = (self[0].folder / "ray").glob(f"session_2*/logs/job-driver-{job.name}.log")
+        return log.read_text(errors="replace")
+
     def wait_for(self, count: int, seconds: float = 90) -> None:
         """Until so many nodes have joined. Raises TimeoutError."""
         log, deadline = self.folder / "alive.log", time.monotonic() + seconds

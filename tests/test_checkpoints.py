@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tdiff import storage
-from tdiff.checkpoints import Checkpoints, Kept, folder_of
+from tdiff.checkpoints import CheckpointGone, Checkpoints, Kept, folder_of, read_track, tensors_file
+from tdiff.errors import Problem
 
 FILES = {"progress.json": 2, "weights-00000.safetensors": 5, "weights-00001.safetensors": 5}
 
@@ -48,5 +50,33 @@ def test_an_old_one_that_cannot_be_removed_takes_nothing_from_the_new_one(
 
     monkeypatch.setattr(storage, "remove", refuse)
     ours.seal(urls[2], FILES)
-    assert "is too old and cannot be removed now" in caplog.text
+    assert "too old cannot be removed now" in caplog.text
     assert [kept.step for kept in ours.all()] == [1, 2, 3]
+
+
+def test_a_damaged_marker_counts_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither does it keep others from counting, nor a new one from being made."""
+    ours = Checkpoints(str(tmp_path))
+    urls = [write(tmp_path, step) for step in (1, 2, 3)]
+    ours.seal(urls[0], FILES)
+    Path(urls[1], storage.COMPLETE).write_bytes(b"\0" * 10)
+    ours.seal(urls[2], FILES)
+    assert [kept.step for kept in ours.all()] == [1, 3]
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("gone", ["weights-00001.safetensors", storage.COMPLETE])
+def test_one_that_goes_while_it_is_read_is_no_half_of_one(tmp_path: Path, gone: str) -> None:
+    """Another attempt may remove it, as too old, between choosing and reading it."""
+    url = str(tmp_path / folder_of(1, "0" * 8))
+    listed = {}
+    for rank in (0, 1):
+        name, content = tensors_file("weights", rank, {f"{4 * rank}:a": torch.full((4,), float(rank))})
+        storage.write_bytes(storage.join(url, name), content)
+        listed[name] = len(content)
+    Checkpoints(str(tmp_path)).seal(url, listed)
+    assert read_track(url, "weights")["a"].tolist() == [0.0] * 4 + [1.0] * 4
+    storage.remove(storage.join(url, gone))
+    with pytest.raises(CheckpointGone, match="was removed while it was read"):
+        read_track(url, "weights")
+    assert not issubclass(CheckpointGone, ValueError | Problem), "a training would not begin again"

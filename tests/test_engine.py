@@ -671,7 +671,7 @@ def decided(rank: int, world: int, home: Path, block: int) -> tuple[Any, Tensor]
         parameter.data += 0.3 * torch.randn_like(parameter)  # routers that tell images apart
     reader = Reader(str(home / "data"), read_manifest(str(home / "data")), "train")
     found = growing.decisions_of(model, reader, worker, 60.0)
-    return found.left, growing.frozen_of(model, 1, reader, np.arange(0, IMAGES, 3), worker)
+    return found.left, growing.frozen_of(model, 1, reader, np.arange(0, IMAGES, 3), worker, 60.0)
 
 
 @pytest.mark.parametrize("block", [50, IMAGES])
@@ -692,7 +692,7 @@ def judged(rank: int, world: int, home: Path, block: int) -> tuple[int, int]:
     torch.manual_seed(0)
     manifest = read_manifest(str(home / "data"))
     network = classifying.classifier_spec(small_config(), manifest).build()
-    return classifying.right_of(network, Reader(str(home / "data"), manifest, "test"), Member(rank, world))
+    return classifying.right_of(network, Reader(str(home / "data"), manifest, "test"), Member(rank, world), 60.0)
 
 
 @pytest.mark.parametrize("block", [50, IMAGES])

@@ -72,7 +72,7 @@ def test_frozen_features_are_those_of_the_members(
     if on_disk:
         monkeypatch.setattr(growing, "FROZEN_IN_MEMORY", 1000)
     ids = np.arange(0, IMAGES, 2)
-    kept = frozen_of(model, 3, reader(data), ids, Alone())
+    kept = frozen_of(model, 3, reader(data), ids, Alone(), 60.0)
     assert list(tmp_path.iterdir()) == []  # what lies on disk has no name any more
     assert ("tdiff-frozen-" in Path("/proc/self/maps").read_text()) == on_disk
     assert len(kept) == len(ids)

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+from ray.util.placement_group import placement_group_table
 
 from tdiff import launch, storage
 from tdiff.checkpoints import Checkpoints, folder_of
@@ -74,6 +76,7 @@ def test_workers_that_find_no_room_are_waited_for_and_may_be_fewer_then(
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     monkeypatch.setattr(launch, "gpus", lambda: 0)
+    monkeypatch.setattr(launch, "_reserved", set)
     monkeypatch.setattr(launch, "_room", lambda: 2)
     monkeypatch.setattr(launch, "_free", lambda: room[min(len(tried), 2)])
     monkeypatch.setattr(launch, "SETTLING", 0.1)
@@ -101,6 +104,7 @@ def test_only_what_nobody_else_uses_is_room_to_grow(monkeypatch: pytest.MonkeyPa
 
 def test_what_the_autoscaler_was_asked_for_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(launch, "_with_gpus", False)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     monkeypatch.setattr(launch, "gpus", lambda: 1)
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
@@ -111,6 +115,19 @@ def test_what_the_autoscaler_was_asked_for_is_taken_back(monkeypatch: pytest.Mon
     assert asked[1:] == [[]]
 
 
+def test_a_cluster_that_lost_its_gpus_has_them_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its workers would go on on CPUs, for weeks, without a word."""
+    there = 2
+    monkeypatch.setattr(launch, "_with_gpus", False)
+    monkeypatch.setattr(launch, "gpus", lambda: there)
+    assert launch.at_once(4) == 2
+    there = 0
+    assert launch.uses_gpus()
+    assert launch.at_once(4) == 1
+    launch.disconnect()
+    assert not launch.uses_gpus()
+
+
 @dataclass(frozen=True)
 class Steps:
     """What the workers do: steps of 0.2 s each, until `count` are done, a checkpoint after every one by worker 0."""
@@ -118,7 +135,17 @@ class Steps:
     url: str
     count: int = 10
     mishap: str = ""
-    """dies: worker 0 is killed before its first step is kept; hangs: takes no step 3, once; prepares: for minutes."""
+    """dies: worker 0 is killed before its first step is kept; hangs: takes no step 3, once; prepares: for minutes;
+    arrives: a worker is killed as it is given its function, once.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        arrived = Path(self.url, "arrived")
+        here = Path("/proc/self/cmdline").read_text()
+        if self.mishap == "arrives" and here.startswith("ray::RayTrainWorker") and not arrived.exists():
+            arrived.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def take_steps(job: Steps, worker: TrainWorker) -> None:
@@ -192,6 +219,14 @@ def test_workers_that_die_without_progress_are_given_up(fit: Fit, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_as_it_is_given_its_function_leaves_its_room(fit: Fit, tmp_path: Path) -> None:
+    (said,) = fit(mishap="arrives", most=2)
+    assert "going on from step 0, try 1 of 3" in said
+    assert starts(tmp_path)[-2:] == ["0-of-2", "1-of-2"]
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_and_is_replaced(fit: Fit, tmp_path: Path) -> None:
     began = time.monotonic()
     (said,) = fit(mishap="hangs")
@@ -224,7 +259,21 @@ def test_sigterm_lets_the_step_be_finished(fit: Fit, tmp_path: Path) -> None:
     newest = Checkpoints(str(tmp_path)).newest()
     assert newest is not None
     assert 2 <= newest.step < 100
-    launch._stopping = False
+
+
+@pytest.mark.slow
+def test_control_c_ends_it_at_once(fit: Fit, tmp_path: Path) -> None:
+    in_background(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: bool(list(tmp_path.glob("000000002-*"))))
+    with pytest.raises(KeyboardInterrupt):
+        fit(count=1000)
+
+
+@pytest.mark.slow
+def test_actors_that_find_no_room_yet_come_when_others_are_idle(cluster: None) -> None:
+    """More are wanted than the cluster has room for, and each has a task of its own already."""
+    wanted = 2 * int(ray.cluster_resources()["CPU"])
+    found = launch.map_on_actors(abs, [(-k,) for k in range(wanted)], wanted)
+    assert dict(found) == {k: k for k in range(wanted)}
 
 
 @pytest.mark.slow
@@ -239,7 +288,6 @@ def test_sigterm_does_not_wait_for_workers_that_have_no_step_to_lose(fit: Fit, t
     with pytest.raises(Stopped, match="the same command goes on"):
         fit(mishap="prepares")
     assert time.monotonic() - told[0] < 10
-    launch._stopping = False
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def classify(phase: ClassifierPhase, worker: Worker) -> None:
     )
     right = judged = 0
     if "test" in train.manifest.splits:
-        right, judged = right_of(network, open_split(config, phase.data_url, "test"), worker)
+        patience = config.recovery.first_step_seconds
+        right, judged = right_of(network, open_split(config, phase.data_url, "test"), worker, patience)
     if worker.rank == 0:
         facts = {
             **json.loads(spec.to_json()),
@@ -134,15 +135,18 @@ def classify(phase: ClassifierPhase, worker: Worker) -> None:
         storage.write_text(storage.join(phase.url, "summary.json"), json.dumps(summary, indent=1) + "\n")
 
 
-def right_of(network: Network, split: Reader, worker: Worker) -> tuple[int, int]:
+def right_of(network: Network, split: Reader, worker: Worker, patience: float) -> tuple[int, int]:
     """How many labelled images of a split the classifier is right about, and how many there are: in fixed blocks, each
     worker a stretch of them. Called by all workers.
+
+    patience: seconds after which a worker without a further block hangs.
     """
     blocks = -(-len(split) // TEST_BLOCK)
     first, last = (min(blocks * k // worker.world * TEST_BLOCK, len(split)) for k in (worker.rank, worker.rank + 1))
     counts = torch.zeros(2, dtype=torch.int64, device=device())
     with evaluating(network):
         for _, found in split.blocks(first, last, TEST_BLOCK):
+            worker.expects(patience)
             if found.labels is not None:
                 labels = torch.from_numpy(found.labels).to(counts.device)
                 predicted = network(as_images(found.images).to(counts.device)).argmax(1)
