@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tdiff import cli, launch, results
+from tdiff import cli, launch, results, storage
 from tdiff.cli import console
+from tdiff.errors import ConfigError
 from tdiff.mirroring import add_result
 from tdiff.runs import existing
 
@@ -16,6 +17,8 @@ def main() -> None:
     parser.add_argument("--reference", choices=("train", "test"), help="real images that samples are held against")
     parser.add_argument("--workers", type=int, help="Ray actors at most; default: the run's number of workers")
     arguments = parser.parse_args()
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     run = existing(arguments.run)
     given = {name: getattr(arguments, name) for name in ("features", "inception", "reference")}
     if given["features"] is not None:
@@ -29,7 +32,10 @@ def main() -> None:
         launch.disconnect()
     cli.show_tables(results.table(numbers))
     console.print(run.at("evaluation.json"))
-    cli.show_warning(add_result(run, numbers, {}))
+    if storage.exists(run.at("report", "index.html")):  # it tells these numbers
+        results.figures(run)
+        results.report(run)
+    cli.show_warning(add_result(run, numbers, results.shown(run)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tdiff import cli, launch, results
+from tdiff import cli, launch, results, storage
 from tdiff.cli import console
 from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
@@ -63,14 +63,24 @@ def main() -> None:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     workers = launch.default_workers(arguments.workers)
     job = sample_job(run, name, **settings)
-    numbers, started = None, time.monotonic()
+    if arguments.fid and (job.images_per_draw > 1 or job.leaf is not None or job.node is not None):
+        raise ConfigError(
+            "--fid compares what the whole model draws: leave --leaf and --node out, and take --mode sample or "
+            "reconstruct."
+        )
+    missing = results.unfinished({name: job})
+    there = sum(file.endswith(".tar") for file in storage.listing(job.url)) if missing else 0
+    numbers, kind, started = None, None, time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        seconds = time.monotonic() - started
-        rate = done * job.draws_per_shard * job.images_per_draw / seconds
-        console.print(f"shard {done}/{total}  {rate:.1f} images/s  {seconds / done * (total - done):.0f} s left")
+        """Of a job gone on with, the shards that were there come first, and took no time."""
+        seconds, new = time.monotonic() - started, done - there
+        if new <= 0:
+            return
+        rate = new * job.draws_per_shard * job.images_per_draw / seconds
+        console.print(f"shard {done}/{total}  {rate:.1f} images/s  {seconds / new * (total - done):.0f} s left")
 
-    if arguments.fid or results.unfinished({name: job}):
+    if arguments.fid or missing:
         launch.connect(workers)
         at_once = launch.at_once(workers)
         try:
@@ -85,9 +95,10 @@ def main() -> None:
             launch.disconnect()
     count = job.num * job.images_per_draw
     console.print(f"{count} images in {job.url}  (grid.png; {time.monotonic() - started:.1f} s)")
-    if numbers is not None:
+    if numbers is not None and kind is not None:
         console.print_json(data=numbers)
-        cli.show_warning(add_result(run, {"generated": {name: numbers}}, {}))
+        kept = f"samples/{name}/{results.quality_file(kind)}"
+        cli.show_warning(add_result(run, {"generated": {name: numbers}}, {kept: storage.read_bytes(run.at(kept))}))
 
 
 if __name__ == "__main__":

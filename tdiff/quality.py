@@ -123,14 +123,12 @@ def real(run: Run, extractor: Extractor, split: str, count: int | None, workers:
     # In random order: of many images the features of the first are kept, and splits are often sorted by class.
     ids = permutation(manifest.samples(split), "reference", split)[:count]
     keep = config.evaluation.neighbour_images
-    what = [extractor.kind, extractor.digest, manifest.digest, split, len(ids), keep, BLOCK]
+    what = [extractor.kind, extractor.digest, manifest.digest, split, len(ids), keep, BLOCK, "unsorted"]
     url = shared(run, "references", f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors")
     if storage.exists(url):
         return _from_arrays({name: tensor.numpy() for name, tensor in storage.read_tensors(url).items()})
     blocks = range(0, len(ids), BLOCK)
-    tasks = [
-        (see_split, extractor, config, data_url, split, np.sort(ids[k : k + BLOCK]), max(0, keep - k)) for k in blocks
-    ]
+    tasks = [(see_split, extractor, config, data_url, split, ids[k : k + BLOCK], max(0, keep - k)) for k in blocks]
     (seen,) = look([tasks], workers)
     storage.write_bytes(url, save_arrays(_arrays(seen)))
     return seen
@@ -160,6 +158,8 @@ def distances(config: Config, extractor: Extractor, seen: Sequence[Seen], refere
 
 
 def _distances(section: Evaluation, extractor: Extractor, seen: Sequence[Seen], reference: Seen, end: str) -> Numbers:
+    if min(one.moments.n for one in (*seen, reference)) < 2:
+        return {}  # one image has no covariance
     name = extractor.distance
     each = [frechet_distance(one.moments, reference.moments) for one in seen]
     found: Numbers = {f"{name}_{end}": float(np.mean(each))}
@@ -191,9 +191,13 @@ def specificity(seen: Sequence[Seen], classes: int, shares: NDArray[np.integer])
     """
     prediction, leaf = (np.concatenate([getattr(one, name) for one in seen]) for name in ("prediction", "leaf"))
     histograms = class_histograms(prediction, leaf, classes, len(seen))
+    try:
+        entropy: float | None = mean_entropy(histograms, shares=shares)
+    except ValueError:
+        entropy = None  # of many leaves none holds enough of the draws
     return {
         "classifier_confidence": float(np.concatenate([one.confidence for one in seen]).mean()),
-        "classifier_entropy": mean_entropy(histograms, shares=shares),
+        "classifier_entropy": entropy,
         "classifier_histograms": histograms.tolist(),
     }
 
@@ -256,7 +260,7 @@ def _judged(run: Run, extractor: Extractor, jobs: Mapping[str, SampleJob], worke
             numbers |= specificity(parts, extractor_facts(extractor)["classes"], shares)
         else:
             numbers |= distances(config, extractor, parts, held_out if what == "rec" else reference, what)
-    if other := _other(run, split, reference.moments.n):
+    if other := _other(run, split, min(reference.moments.n, jobs["prior"].num)):
         seen_other = real(run, extractor, *other, workers)
         found["real"] = {"split": other[0], "images": seen_other.moments.n}
         found["real"] |= distances(config, extractor, [seen_other], reference, "gen")

@@ -24,6 +24,7 @@ from tdiff import judging, launch, quality, storage
 from tdiff.data.shards import Manifest, Shard, read_manifest
 from tdiff.diffusion.condition import CLUSTERS
 from tdiff.errors import ConfigError
+from tdiff.evaluation.published import method
 from tdiff.figures.contents import Contents
 from tdiff.figures.page import page
 from tdiff.figures.plots import grid, save
@@ -146,12 +147,17 @@ def judge(run: Run, kind: Kind, workers: int) -> Extractor:
     return extractor
 
 
+def quality_file(kind: Kind) -> str:
+    """Name of what `draw_and_compare` writes into a job's folder."""
+    return f"quality-{kind}.json"
+
+
 def draw_and_compare(
     run: Run, name: str, job: SampleJob, extractor: Extractor, workers: int, progress: Progress | None = None
 ) -> Settings:
     """Draws a job, unless that is done, and compares its images with real ones as `evaluate` does.
 
-    The same actors that draw look at what they drew. Writes quality.json into the job's folder and returns it.
+    The same actors that draw look at what they drew. Writes `quality_file` into the job's folder and returns it.
     """
     keep = run.config().evaluation.neighbour_images
     if unfinished({name: job}):
@@ -161,7 +167,7 @@ def draw_and_compare(
     else:
         (seen,) = quality.look([quality.sample_tasks(extractor, job, "png", keep)], workers)
     found = {"extractor": judging.extractor_facts(extractor), **quality.compare(run, extractor, job, seen, workers)}
-    storage.write_text(storage.join(job.url, "quality.json"), json.dumps(found, indent=1) + "\n")
+    storage.write_text(storage.join(job.url, quality_file(extractor.kind)), json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -191,8 +197,14 @@ def evaluate(run: Run, workers: int, say: Say = print) -> Settings:
     """
     topology = load_topology(run.grown_tree)
     jobs = standard_jobs(run) if storage.finished(run.at("diffusion")) else {}
-    if unfinished(jobs):
+    if missing := unfinished(jobs):
+        say(
+            f"{len(missing)} of the run's {len(jobs)} sets of samples are not drawn, so none is judged: "
+            "python -m tdiff.train goes on"
+        )
         jobs = {}
+    if jobs and "inception" in run.config().evaluation.features:
+        judging.inception_extractor(run)  # what is wrong with its weights is known before the long work
     config, record, splits = run.config(), run.record(), run.manifest().splits
     gather = {split: open_split(config, record["data_url"], split).gather for split in splits}
     bounds = likelihood(run, workers)
@@ -201,6 +213,7 @@ def evaluate(run: Run, workers: int, say: Say = print) -> Settings:
     result = {
         "run": run.name,
         "data": {"url": record["data_url"], "digest": record["data_digest"]},
+        "condition": config.diffusion.condition,
         "settings": config.evaluation.model_dump(mode="json"),
         "leaves": len(topology.leaves),
         "clustering": clusters,
@@ -243,6 +256,11 @@ def evaluation(run: Run) -> Settings | None:
     return storage.read_json(url) if storage.exists(url) else None
 
 
+def _model(run: Run) -> str:
+    """What the run's diffusion model is called."""
+    return method(run.config().diffusion.condition)
+
+
 def seconds(run: Run) -> dict[str, float]:
     """Wall-clock seconds of every phase, as its Ray job took them."""
     out = {}
@@ -263,7 +281,7 @@ def figures(run: Run) -> None:
     Raises ConfigError if there is no finished tree.
     """
     topology, left = load_topology(run.grown_tree), load_routing(run.grown_tree, "train")
-    shown = _pictured(run, topology, left)
+    shown, model = _pictured(run, topology, left), _model(run)
     metrics = {name: read_metrics(run.at("tree", name, "metrics")) for name in run.tree_phases()}
     drawn: dict[str, Figure] = {
         "tree.png": drawing.tree(topology, left, shown),
@@ -276,10 +294,10 @@ def figures(run: Run) -> None:
             samples = _shown_samples(jobs)
             of_leaves = [samples[name] for name in samples if name.startswith("leaf-")]
             if of_leaves:
-                predicted = _predicted(evaluation(run), len(topology.leaves))
-                drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves, predicted, run.manifest().classes or ())
-                drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0)
-            drawn["samples.png"] = drawing.side_by_side(shown.images, samples["prior"])
+                predicted, names = _predicted(evaluation(run), len(topology.leaves)), run.manifest().classes or ()
+                drawn["leaves.png"] = drawing.leaves(topology, left, of_leaves, predicted, names, model)
+                drawn["root-draw.png"] = drawing.root_draw(topology, samples["root-draws"], 0, model)
+            drawn["samples.png"] = drawing.side_by_side(shown.images, samples["prior"], model)
     for name, figure in drawn.items():
         storage.write_bytes(run.at("figures", name), save(figure))
 
@@ -291,9 +309,9 @@ def pictures(run: Run) -> list[str]:
 
 
 def shown(run: Run) -> dict[str, bytes]:
-    """The pictures and the report of a finished run, by their path in it."""
-    names = [f"figures/{name}" for name in pictures(run)]
-    return {name: storage.read_bytes(run.at(name)) for name in [*names, "report/index.html"]}
+    """The numbers, the pictures and the report of a run, as far as they are there, by their path in it."""
+    names = ["evaluation.json", *(f"figures/{name}" for name in pictures(run)), "report/index.html"]
+    return {name: storage.read_bytes(run.at(name)) for name in names if storage.exists(run.at(name))}
 
 
 def tree_files(run: Run) -> dict[str, bytes]:
@@ -341,8 +359,9 @@ def contents(run: Run) -> Contents:
         origin=_origin(run),
         class_names=class_names,
         draws=showing.root_draws(samples["root-draws"]) if "root-draws" in samples else (),
-        samples=showing.side_by_side(shown.images, samples["prior"]) if "prior" in samples else (),
+        samples=showing.side_by_side(shown.images, samples["prior"], _model(run)) if "prior" in samples else (),
         nearest=_nearest_pictures(run, numbers, samples),
+        model=_model(run),
         elbo_of="held-out" if "test" in manifest.splits else "training",
         tables=[_seconds_table(seconds(run))] if numbers is None else table(numbers),
         charts=showing.charts(tree_metrics, read_metrics(run.at("diffusion", "metrics")) if diffused else []),
@@ -360,10 +379,11 @@ def _drawn(run: Run) -> dict[str, Samples]:
 
 
 def _shown_samples(jobs: dict[str, SampleJob]) -> dict[str, Samples]:
-    """Of drawn jobs those that pictures are made of, the prior's first images only."""
+    """Of drawn jobs those that pictures are made of, their first images only."""
     wanted = {name: job for name, job in jobs.items() if name in ("prior", "root-draws") or name.startswith("leaf-")}
     return {
-        name: read_samples(job.url, drawing.SIDE_BY_SIDE if name == "prior" else None) for name, job in wanted.items()
+        name: read_samples(job.url, None if name == "root-draws" else drawing.SIDE_BY_SIDE)
+        for name, job in wanted.items()
     }
 
 
@@ -378,7 +398,7 @@ def _nearest_pictures(run: Run, numbers: Settings | None, samples: dict[str, Sam
     if not ids or "prior" not in samples:
         return []
     train = open_split(run.config(), run.record()["data_url"], "train")
-    return [("TreeDiffusion", samples["prior"].images[: len(ids)]), ("Nearest", train.gather(np.array(ids)))]
+    return [(_model(run), samples["prior"].images[: len(ids)]), ("Nearest", train.gather(np.array(ids)))]
 
 
 def _facts(run: Run, manifest: Manifest, topology: Topology) -> list[tuple[str, str]]:
@@ -475,19 +495,20 @@ def table(numbers: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     tables: list[tuple[str, list[tuple[str, ...]]]] = [(f"{numbers['leaves']} leaves", [header, *rows])]
     if bounds := numbers.get("likelihood"):
         tables.append(_likelihood_table(bounds))
-    tables += _sample_tables(numbers["samples"])
+    model = method(numbers.get("condition", "path"))
+    tables += _sample_tables(numbers["samples"], model)
     if near := numbers.get("nearest"):
-        tables.append(_nearest_table(near))
+        tables.append(_nearest_table(near, model))
     tables.append(_seconds_table(numbers["seconds"]))
     return tables
 
 
-def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """How good samples are, a table for every network that judged them."""
+def _sample_tables(found: Settings, model: str) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """How good samples are, a table for every network that judged them. model: what drew them is called."""
     if not found:
         return []
     real = found.get("real")
-    models = {"treediffusion": "TreeDiffusion", "treevae": "TreeVAE"}
+    models = {"treediffusion": model, "treevae": method("treevae")}
     if real is not None:
         of = "held-out" if real["split"] == "test" else "training"
         models["real"] = f"{real['images']:,} real {of} images, for scale"
@@ -524,8 +545,8 @@ def _sample_tables(found: Settings) -> list[tuple[str, list[tuple[str, ...]]]]:
     return tables
 
 
-def _nearest_table(near: Settings) -> tuple[str, list[tuple[str, ...]]]:
-    kinds = {"samples": "TreeDiffusion", "held_out": "real held-out images, for scale"}
+def _nearest_table(near: Settings, model: str) -> tuple[str, list[tuple[str, ...]]]:
+    kinds = {"samples": model, "held_out": "real held-out images, for scale"}
     rows = [
         (shown, *(f"{near[kind][key]:.3f}" for key in ("median", "least")))
         for kind, shown in kinds.items()

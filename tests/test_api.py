@@ -249,6 +249,9 @@ def test_one_image_through_all_leaves(run: LoadedRun, images: np.ndarray):
         ({"model": "gan"}, "model=gan is not known: take one of treediffusion, treevae"),
         ({"steps": 21}, "steps=21 cannot be used"),
         ({"all_leaves": True, "leaf": 1}, "leaf=1 has no effect"),
+        ({"model": "treevae", "steps": 5}, "steps=5 has no effect with model=treevae"),
+        ({"model": "treevae", "guidance": 1.0}, "guidance=1.0 has no effect with model=treevae"),
+        ({"guidance_interval": [0.1, 1.0]}, "guidance_interval has no effect with guidance=0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run: LoadedRun, options: dict[str, Any], words: str):

@@ -114,14 +114,14 @@ def test_what_is_compared_while_drawing_is_what_evaluation_finds(straight: Path)
     found = json.loads((Path(run.url) / "evaluation.json").read_text())["samples"]
     drawn = command("generate", run.url, "--num", "100", "--fid", "--workers", "1", "--out", "again", cwd=straight)
     assert drawn.returncode == 0, drawn.stderr
-    told = json.loads((Path(run.url) / "samples" / "again" / "quality.json").read_text())
+    told = json.loads((Path(run.url) / "samples" / "again" / "quality-classifier.json").read_text())
     assert told["images"] == 100
     assert told["extractor"]["digest"] == found["classifier"]["digest"]
     for name in ("classifier_frechet_gen", "classifier_frechet_gen_error", "classifier_precision_gen"):
         assert told[name] == found["treediffusion"][name]
     once_more = command("generate", run.url, "--num", "100", "--fid", "--out", "again", cwd=straight)
     assert once_more.returncode == 0, once_more.stderr
-    assert json.loads((Path(run.url) / "samples" / "again" / "quality.json").read_text()) == told
+    assert json.loads((Path(run.url) / "samples" / "again" / "quality-classifier.json").read_text()) == told
 
 
 def test_samples_are_shards_with_their_place_in_the_tree(straight: Path) -> None:
@@ -275,7 +275,7 @@ def test_what_is_computed_later_comes_to_mlflow_too(straight: Path, tmp_path: Pa
     done = command("generate", run.url, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (samples,) = [name for name in storage.listing(run.at("samples")) if "seed=7" in name]
-    found = json.loads(Path(run.at("samples", samples, "quality.json")).read_text())
+    found = json.loads(Path(run.at("samples", samples, "quality-classifier.json")).read_text())
     written = Path(run.at("evaluation.json"))
     numbers = json.loads(written.read_text())
     written.write_text("{}")

@@ -121,7 +121,11 @@ def test_a_driver_killed_and_started_again(run: Run, expected: dict[str, bytes])
     assert 2 <= len(written) < SHARDS
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"shard {SHARDS}/{SHARDS} ", done.stdout)
+    told = re.findall(r"shard (\d+)/\d+  ([\d.]+) images/s  (\d+) s left", done.stdout)
+    assert [int(shard) for shard, *_ in told] == list(range(len(written) + 1, SHARDS + 1)), "of its own shards alone"
+    seconds = float(re.search(r"grid.png; ([\d.]+) s", done.stdout)[1])
+    assert float(told[-1][1]) >= 20 * (SHARDS - len(written)) / seconds / 1.5, "not the rate of what it drew"
+    assert float(told[-1][1]) <= 20 * (SHARDS - len(written)) / seconds * 1.5, "not the rate of what it drew"
     assert {name: at for name, at in times(job).items() if name in written} == written, "a shard was drawn again"
     assert files(job) == expected
     assert dataclasses.replace(job, url="") == dataclasses.replace(slow_job(run, "expected"), url="")

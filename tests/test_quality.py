@@ -221,6 +221,32 @@ def test_the_bootstrap_knows_how_far_other_draws_are() -> None:
     assert np.mean([one["classifier_frechet_gen_error"] for one in found]) == pytest.approx(spread, rel=0.3)
 
 
+def test_one_image_has_no_distance() -> None:
+    rng, config = np.random.default_rng(0), Config()
+    many, one = seen_of(rng.normal(size=(40, 4))), seen_of(rng.normal(size=(1, 4)))
+    extractor = Extractor("classifier", "", "")
+    assert quality.distances(config, extractor, [one], many, "gen") == {}
+    assert quality.distances(config, extractor, [many], one, "rec") == {}
+
+
+def test_hundreds_of_leaves_have_no_entropy_but_histograms() -> None:
+    """None of them holds the 1% of the draws that a mean over leaves counts."""
+    seen = [seen_of(np.zeros((2, 2)), np.full(2, k), np.array([0, 1])) for k in range(200)]
+    found = quality.specificity(seen, 2, shares=np.full(200, 7))
+    assert found["classifier_entropy"] is None
+    assert found["classifier_histograms"] == [[1, 1]] * 200
+
+
+def test_the_first_features_kept_are_of_all_parts_of_a_split(tmp_path: Path) -> None:
+    """Splits are often sorted by class, and precision and recall look at as many real images as there are samples."""
+    many = make_set(tmp_path / "data", [900, 900], (1, 8, 8))
+    judge = classifier(tmp_path / "judge", 1)
+    seen = quality.real(made_run(tmp_path, many), judge, "train", None, 2)
+    every = see_split(judge, Config(), many.url, "train", np.arange(1800), 1800).features
+    places = np.square(seen.features[:200, None] - every).sum(2).argmin(1)
+    assert np.bincount(places // 180, minlength=10).min() > 5
+
+
 def test_specificity_of_pure_and_of_mixed_leaves() -> None:
     classes = np.array([0, 0, 0, 0]), np.array([1, 1, 2, 2])
     seen = [seen_of(np.zeros((4, 2)), np.full(4, k), found) for k, found in enumerate(classes)]

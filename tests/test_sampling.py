@@ -268,8 +268,9 @@ def test_a_forced_leaf_is_every_samples_leaf(new: New, mode: str, leaf: int):
     assert all(path == PATHS[leaf] for path in column(samples, "path"))
 
 
-def test_all_leaves_share_the_draw(new: New):
-    job = new(mode="sample-all-leaves", num=5, batch=12)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_all_leaves_share_the_draw(new: New, sampler: str):
+    job = new(mode="sample-all-leaves", num=5, batch=12, sampler=sampler)
     samples = everything(job)
     assert column(samples, "index") == list(range(15))
     assert column(samples, "draw") == [draw for draw in range(5) for _ in range(3)]
@@ -278,7 +279,7 @@ def test_all_leaves_share_the_draw(new: New):
     np.testing.assert_allclose(reach.sum(1), 1, atol=1e-5)
     # Same latents and noise for every leaf, so each is what a job with this leaf alone draws (4 draws a shard in both).
     for leaf in range(3):
-        alone = everything(new(num=5, batch=4, leaf=leaf))
+        alone = everything(new(num=5, batch=4, leaf=leaf, sampler=sampler))
         np.testing.assert_array_equal(samples.images[leaf::3], alone.images)
         np.testing.assert_array_equal(samples.treevae[leaf::3], alone.treevae)
         np.testing.assert_array_equal(reach[:, leaf], column(alone, "reach"))

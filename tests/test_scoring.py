@@ -177,6 +177,18 @@ def test_the_tables_of_samples():
         assert len({len(row) for row in shown}) == 1
 
 
+@pytest.mark.parametrize(
+    ("condition", "name"),
+    [("recon", "TreeVAE + Diffusion"), ("none", "Diffusion alone"), ("leaf+latent", "Diffusion, leaf+latent")],
+)
+def test_a_model_is_called_by_what_it_is_told(condition: str, name: str):
+    near = {"images": 5, "samples": {"median": 1.0, "least": 0.5}}
+    numbers = {"leaves": 3, "clustering": {}, "samples": JUDGED, "nearest": near, "seconds": {}}
+    tables = table(numbers | {"condition": condition})
+    assert [rows[1][0] for _, rows in tables[1:4]] == [name] * 3
+    assert not any("TreeDiffusion" in cell for _, rows in tables for row in rows for cell in row)
+
+
 def test_without_judges_there_is_no_table_of_samples():
     assert len(table({"leaves": 3, "clustering": {}, "samples": {}, "seconds": {}})) == 2
 

@@ -8,6 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+METHODS = {
+    "treevae": "TreeVAE",
+    "recon": "TreeVAE + Diffusion",
+    "path": "TreeDiffusion",
+    "none": "Diffusion alone",
+    "recon+leaf": "Diffuse-TreeVAE",
+}
+"""Condition of a diffusion model, or `treevae` -> the method's name, in the order of Table 1."""
+
+
+def method(condition: str) -> str:
+    """What a diffusion model that is told so is called; of `treevae`, the tree alone."""
+    return METHODS.get(condition, f"Diffusion, {condition}")
+
 
 @dataclass(frozen=True)
 class Published:

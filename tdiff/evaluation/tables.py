@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from tdiff.evaluation import published
-from tdiff.evaluation.published import Published
+from tdiff.evaluation.published import Published, method
 
 Numbers = Mapping[str, Any]
 
@@ -28,15 +28,6 @@ CONDITIONS = ("none", "recon", "recon+leaf", "recon+latent", "recon+leaf+latent"
 
 TOLD = {"recon": "reconstruction", "leaf": "leaf", "latent": "leaf latent", "path": "path"}
 """Part of a condition's name -> its column in Table 3."""
-
-METHODS = {
-    "treevae": "TreeVAE",
-    "recon": "TreeVAE + Diffusion",
-    "path": "TreeDiffusion",
-    "none": "Diffusion alone",
-    "recon+leaf": "Diffuse-TreeVAE",
-}
-"""Method -> its name, in the order of Table 1; other conditions follow by their own names."""
 
 SHOWN_DIFFERENCES = 12
 
@@ -327,13 +318,14 @@ def _condition_rows(
     numbers: Callable[[Entry], Numbers],
 ) -> list[Row]:
     """The diffusion models of a condition, by their settings; one row with the paper's numbers where there are none."""
-    method, rows = METHODS.get(condition, f"Diffusion, {condition}"), []
+    name = method(condition)
+    rows = []
     for settings in of.settings:
         chosen = [e for e in settings.entries if e.condition == condition and e.samples("treediffusion")]
         if chosen:
             ours, names = _scores(chosen, columns, numbers, lambda entry: entry.run), tuple(e.run for e in chosen)
-            rows.append(Row(of.label, method, settings.name, ours, names, told(settings.protocol), paper))
-    return rows or [Row(of.label, method, "", {}, paper=paper)]
+            rows.append(Row(of.label, name, settings.name, ours, names, told(settings.protocol), paper))
+    return rows or [Row(of.label, name, "", {}, paper=paper)]
 
 
 # --- the tables --------------------------------------------------------------------------------------
@@ -379,7 +371,7 @@ def _tree_rows(of: DataSet, samples: Sequence[Column], clusters: Sequence[Column
             behind = alike if k == 0 else part
             protocol = told(part[0].protocol) if part else ""
             names = tuple(entry.run for entry in behind)
-            rows.append(Row(of.label, METHODS["treevae"], of.named(behind), ours, names, protocol))
+            rows.append(Row(of.label, method("treevae"), of.named(behind), ours, names, protocol))
     return rows
 
 

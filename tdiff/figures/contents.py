@@ -79,6 +79,7 @@ class Contents:
     samples: (title, images) to stand side by side, image k of each made from the same latents, but for the real ones.
     nearest: (title, images) of samples, and of the training images nearest to them.
     elbo_of: what the nodes' ELBO is the mean over, 'held-out' or 'training' images.
+    model: what the diffusion model is called.
     missing: sentences that name what the run lacks, and the command that makes it.
     """
 
@@ -94,6 +95,7 @@ class Contents:
     samples: Sequence[tuple[str, Pixels]] = ()
     nearest: Sequence[tuple[str, Pixels]] = ()
     elbo_of: str = "held-out"
+    model: str = "TreeDiffusion"
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     missing: Sequence[str] = ()

@@ -105,7 +105,7 @@ def _node(found: Contents, node: int, called: dict[int, str]) -> str:
     if shown.treediffusion is not None and shown.treevae is not None:
         alt = f"{len(shown.treediffusion)} generated images {whose}"
         parts.append(
-            strip(f"Drawn by TreeDiffusion, {whose}", shown.treediffusion, f"{alt}, by TreeDiffusion", f"drawn-{node}")
+            strip(f"Drawn by {found.model}, {whose}", shown.treediffusion, f"{alt}, by {found.model}", f"drawn-{node}")
         )
         parts.append(strip("The TreeVAE's, for the same latents", shown.treevae, f"{alt}, by the TreeVAE"))
     if shown.classes is not None:
@@ -151,9 +151,9 @@ def _walk(found: Contents) -> str:
         for k in range(len(found.draws))
     )
     large = "".join(
-        f'<figure><canvas data-model="{model}" role="img" aria-label="{name}"></canvas><figcaption>{name}</figcaption>'
-        "</figure>"
-        for model, name in (("treediffusion", "TreeDiffusion"), ("treevae", "TreeVAE"))
+        f'<figure><canvas data-model="{model}" data-name="{name}" role="img" aria-label="{name}"></canvas>'
+        f"<figcaption>{name}</figcaption></figure>"
+        for model, name in (("treediffusion", text(found.model)), ("treevae", "TreeVAE"))
     )
     return (
         '<p class="note">The same latents at the root and the same noise: only the way down the tree differs. The per '
@@ -162,16 +162,16 @@ def _walk(found: Contents) -> str:
         f'<fieldset><legend>Draw</legend>{choice}</fieldset><label for="leaf">Leaf</label>'
         f'<input type="range" id="leaf" min="0" max="{leaves - 1}" step="1" value="{first}">'
         f'<output for="leaf" id="at"></output></div><div class="large">{large}</div></div>'
-        f"{''.join(_draw(draw, k) for k, draw in enumerate(found.draws))}"
+        f"{''.join(_draw(draw, k, text(found.model)) for k, draw in enumerate(found.draws))}"
     )
 
 
-def _draw(draw: RootDraw, k: int) -> str:
-    """A draw's two rows of images over its probabilities, leaf under leaf."""
+def _draw(draw: RootDraw, k: int, called: str) -> str:
+    """A draw's two rows of images over its probabilities, leaf under leaf. called: the diffusion model, as HTML."""
     leaves = len(draw.probabilities)
     rows = []
     for model, name, images in (
-        ("treediffusion", "TreeDiffusion", draw.treediffusion),
+        ("treediffusion", called, draw.treediffusion),
         ("treevae", "TreeVAE", draw.treevae),
     ):
         tiles = sheet(images, leaves)
@@ -212,11 +212,11 @@ def _leaves(found: Contents) -> str:
     if not cards:
         return ""
     first = found.nodes[found.topology.leaves[0]]
-    note = "Drawn by TreeDiffusion."
+    note = f"Drawn by {text(found.model)}."
     if first.predicted is not None:
         note += (
-            " Below each, the classes that a classifier, trained on the labelled images, sees in those samples from the"
-            " prior that come to the leaf."
+            " Below each, the classes that a classifier, trained on the labelled images, sees in the images drawn of"
+            " that leaf."
         )
     elif first.classes is not None:
         note += " Below each, the labels of the leaf's real images."
@@ -227,8 +227,8 @@ def _samples(found: Contents) -> str:
     if not found.samples:
         return ""
     return (
-        '<p class="note">Real images, and samples from the prior. TreeVAE and TreeDiffusion have the same latents, '
-        f"image by image.</p>{_blocks(found.samples)}"
+        '<p class="note">Real images, and samples from the prior. TreeVAE and '
+        f"{text(found.model)} have the same latents, image by image.</p>{_blocks(found.samples)}"
     )
 
 

@@ -140,8 +140,7 @@
       slider.setAttribute("aria-valuetext", `leaf ${leaf}, probability ${share}`);
       for (const canvas of all("canvas[data-model]")) {
         const image = draw.querySelector(`img[data-model=${canvas.dataset.model}]`);
-        const name = canvas.dataset.model === "treevae" ? "TreeVAE" : "TreeDiffusion";
-        canvas.setAttribute("aria-label", `${name}, draw ${chosen() + 1}, leaf ${leaf}`);
+        canvas.setAttribute("aria-label", `${canvas.dataset.name}, draw ${chosen() + 1}, leaf ${leaf}`);
         if (image.complete) paint(canvas, image, leaf);
         else image.addEventListener("load", walk, { once: true });
       }

@@ -98,31 +98,32 @@ def leaves(
     samples: list[Samples],
     predicted: NDArray[np.int64] | None = None,
     class_names: Sequence[str] = (),
+    model: str = "TreeDiffusion",
     count: int = 25,
 ) -> Figure:
     """Per leaf a grid of generated images, with the leaf's share of the real ones, over the classes [L, C] that a
-    classifier sees in its samples.
+    classifier sees in its samples. model: what the diffusion model is called.
     """
     shares = leaf_reach(topology, left).mean(0)
     titles = [f"{name} · {plots.percent(share)}" for name, share in zip(leaf_names(topology), shares, strict=True)]
     images = [one.images[:count] / 255 for one in samples]
-    return plots.leaf_grids(images, titles, predicted, class_names or None, title="TreeDiffusion, leaf by leaf")
+    return plots.leaf_grids(images, titles, predicted, class_names or None, title=f"{model}, leaf by leaf")
 
 
-def root_draw(topology: Topology, samples: Samples, draw: int) -> Figure:
-    """One draw of the root's latent through every leaf: the TreeVAE's images above TreeDiffusion's."""
+def root_draw(topology: Topology, samples: Samples, draw: int, model: str = "TreeDiffusion") -> Figure:
+    """One draw of the root's latent through every leaf: the TreeVAE's images above the diffusion model's."""
     rows = [k for k, entry in enumerate(samples.entries) if entry["draw"] == draw]
     probabilities = [float(str(samples.entries[k]["reach"])) for k in rows]
-    blocks = [("TreeVAE", samples.treevae[rows] / 255), ("TreeDiffusion", samples.images[rows] / 255)]
+    blocks = [("TreeVAE", samples.treevae[rows] / 255), (model, samples.images[rows] / 255)]
     return plots.root_draw(blocks, leaf_names(topology), probabilities, "One root draw through every leaf")
 
 
-def side_by_side(real: NDArray[np.uint8], samples: Samples) -> Figure:
-    """Real images, the TreeVAE's samples and TreeDiffusion's for the same latents."""
+def side_by_side(real: NDArray[np.uint8], samples: Samples, model: str = "TreeDiffusion") -> Figure:
+    """Real images, the TreeVAE's samples and the diffusion model's for the same latents."""
     blocks = [
         ("real", real[:SIDE_BY_SIDE] / 255),
         ("TreeVAE", samples.treevae[:SIDE_BY_SIDE] / 255),
-        ("TreeDiffusion", samples.images[:SIDE_BY_SIDE] / 255),
+        (model, samples.images[:SIDE_BY_SIDE] / 255),
     ]
     return plots.sample_rows(blocks, columns=10)
 

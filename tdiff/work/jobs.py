@@ -49,6 +49,9 @@ def sample_job(run: Run, name: str, of_test_images: bool = True, **settings: Any
         **{key: getattr(config.samples, key) for key in drawn_by},
     }
     chosen = defaults | {key: value for key, value in settings.items() if value is not None}
+    _check_effect(chosen, {key: settings[key] for key in drawn_by if settings.get(key) is not None})
+    if settings.get("eta") is None and chosen["sampler"] != "ddim":
+        chosen["eta"] = 0.0  # the run's own is of its own sampler
     node, leaf = chosen["node"], chosen["leaf"]
     if node is not None and node not in topology:
         there = ", ".join(str(known.id) for known in topology.nodes)
@@ -84,6 +87,14 @@ def sample_job(run: Run, name: str, of_test_images: bool = True, **settings: Any
         max_bad_samples=config.data.max_bad_samples,
         **chosen,
     )
+
+
+def _check_effect(chosen: Settings, given: Settings) -> None:
+    """Raises ConfigError where something is given of how to denoise that changes nothing."""
+    if chosen["model"] == "treevae" and given:
+        raise ConfigError(f"{min(given)}={given[min(given)]} has no effect with model=treevae: leave it out.")
+    if "guidance_interval" in given and not chosen["guidance"]:
+        raise ConfigError("guidance_interval has no effect with guidance=0: give guidance a weight, or leave it out.")
 
 
 def _check_denoising(config: Config, diffusion_url: str, chosen: Settings) -> None:

@@ -233,7 +233,9 @@ def _drawn(
     each: Sequence[int | None] = [job.leaf]
     if job.mode.endswith("all-leaves"):
         each = [tree.topology.leaves.index(leaf) for leaf in tree.topology.leaves_below(node)]
+    state = rng.get_state()
     for place, leaf in enumerate(each):
+        rng.set_state(state)  # what a sampler adds on its way is the same for every leaf
         chosen = None if leaf is None else torch.full((job.draws_per_shard,), leaf, device=here)
         path = tree.path(visits, rng, chosen, within=node, likeliest=denoiser is None)
         own = leaf_reconstruction(tree, visits, path.leaf)

@@ -120,7 +120,7 @@ def _of_each(groups: Sequence[NDArray[np.int64]], count: int) -> NDArray[np.int6
 
 
 def _generated(of_leaves: Sequence[Samples] | None, below: Sequence[int], count: int) -> tuple[Pixels, Pixels] | None:
-    """TreeDiffusion's and the TreeVAE's images of these leaves, for the same latents."""
+    """The diffusion model's and the TreeVAE's images of these leaves, for the same latents."""
     if of_leaves is None:
         return None
     samples = [of_leaves[k] for k in below]
@@ -157,9 +157,9 @@ def root_draws(samples: Samples) -> list[RootDraw]:
     ]
 
 
-def side_by_side(real: Pixels, samples: Samples) -> list[tuple[str, Pixels]]:
-    """Real images, the TreeVAE's samples and TreeDiffusion's for the same latents."""
-    kinds = (("Real", real), ("TreeVAE", samples.treevae), ("TreeDiffusion", samples.images))
+def side_by_side(real: Pixels, samples: Samples, model: str = "TreeDiffusion") -> list[tuple[str, Pixels]]:
+    """Real images, the TreeVAE's samples and the diffusion model's for the same latents."""
+    kinds = (("Real", real), ("TreeVAE", samples.treevae), (model, samples.images))
     return [(name, images[: drawing.SIDE_BY_SIDE]) for name, images in kinds]
 
 
