@@ -54,8 +54,20 @@ def add_result(run: Run, numbers: dict[str, Any], files: dict[str, bytes]) -> st
     if address is None:
         return None
     mirror = mirror_of(run, *address)
-    mirror.result(dict(numbers_in(numbers)), files)
+    mirror.result(dict(numbers_in(numbers)), files, protocol_of(numbers))
     return mirror.close()
+
+
+def protocol_of(numbers: dict[str, Any]) -> dict[str, str]:
+    """Tags that tell how the samples of an evaluation.json were judged: their numbers compare where these agree."""
+    samples = numbers.get("samples") or {}
+    if "reference" not in samples:
+        return {}
+    reference = samples["reference"]
+    tags = {"samples.reference": f"{reference['images']} {reference['split']} images"}
+    return tags | {
+        f"samples.{kind}": samples[kind]["digest"] for kind in ("classifier", "inception") if kind in samples
+    }
 
 
 def numbers_in(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tdiff import launch, results, storage
+from tdiff import judging, launch, results, storage
 from tdiff.config import Config
 from tdiff.diffusion.condition import CONTROLS
-from tdiff.errors import ConfigError
+from tdiff.errors import ConfigError, Stopped
 from tdiff.hardware import one_thread
 from tdiff.launch import Crew, workers_for
-from tdiff.mirroring import mirror_of, numbers_in, tracking_uri
+from tdiff.mirroring import mirror_of, numbers_in, protocol_of, tracking_uri
 from tdiff.opening import opened
 from tdiff.runs import CHECKPOINTS, PHASE_NAME, Run, drop_checkpoints, existing, finish_phase, phase_summary
 from tdiff.tracking import Mirror
@@ -234,9 +234,14 @@ class Driver:
             results.report(self.run)
             storage.finish(self.run.at("report"))
             self.say(f"{'report':<14} {time.time() - started:6.1f} s")
-        self.mirror.result(dict(numbers_in(done)), results.shown(self.run))
+        self.mirror.result(dict(numbers_in(done)), results.shown(self.run), protocol_of(done))
         self.mirror.finish(results.tree_files(self.run))
         return done
+
+    def check_judges(self) -> None:
+        """Raises ConfigError if weights that the report will need cannot be had, instead of after all the training."""
+        if "inception" in self.config.evaluation.features and self._reported() is None:
+            judging.inception_extractor(self.run)
 
     def _reported(self) -> dict[str, Any] | None:
         """The numbers, if they are those of the settings, and the report page is there."""
@@ -272,10 +277,13 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
         run = opening.run
         mirror = mirror_of(run, *tracking_uri(config))
         driver = Driver(config, run, run.record()["data_url"], opening.crew, mirror, say)
-        numbers = None
+        numbers, ended = None, None
+        mirror.go_on()
         try:
             if until == NEXT:
                 until = driver.upcoming()
+            if until in (None, "report"):
+                driver.check_judges()
             if driver.grow_tree(until) and until != "tree":
                 if until is not None and until not in STAGES:
                     grown = run.tree_phases()[-1]
@@ -285,7 +293,13 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
                     driver.sample()
                     if until != "samples":
                         numbers = driver.report()
+        except (Stopped, KeyboardInterrupt):
+            ended = "KILLED"
+            raise
+        except BaseException:
+            ended = "FAILED"
+            raise
         finally:
             launch.disconnect()
-            warning = mirror.close()
+            warning = mirror.close(ended)
         return Outcome(run, numbers, mirror.uri, warning, driver.upcoming())

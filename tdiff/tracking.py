@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -113,7 +113,9 @@ def read_metrics(url: str, after: int = -1) -> list[dict[str, Any]]:
     names = [name for name in parts if int(name.removesuffix(".jsonl")) > after]
     texts = (storage.read_text(storage.join(url, name)) for name in names)
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [line for line in lines if line["step"] > after]
+    # A worker thought dead may have written a part of its own: the same lines once more.
+    found = {line["step"]: line for line in lines if line["step"] > after}
+    return [found[step] for step in sorted(found)]
 
 
 def log_files(
@@ -208,18 +210,27 @@ class Mirror:
         if self.problem is None:  # in an outage they are dropped
             self._later(self._system, samples)
 
-    def result(self, metrics: dict[str, float], files: dict[str, bytes]) -> None:
-        """Numbers and files (by their path) of a run as they are now, into the parent run; computed anew, they are
-        logged anew.
+    def result(self, metrics: dict[str, float], files: dict[str, bytes], tags: dict[str, str] | None = None) -> None:
+        """Numbers, files (by their path) and tags of a run as they are now, into the parent run; computed anew, they
+        are logged anew.
         """
-        self._later(self._result, metrics, files)
+        self._later(self._result, metrics, files, tags or {})
 
     def finish(self, tree: dict[str, bytes]) -> None:
         """The run is at its end. tree: contents of tree.json and model.safetensors, which become a model."""
         self._later(self._finish, tree)
 
-    def close(self) -> str | None:
-        """Waits until all is copied; the sentence to show if something could not be."""
+    def go_on(self) -> None:
+        """The run is worked on again: one that had failed or was stopped is shown as running."""
+        self._later(self._go_on)
+
+    def close(self, ended: Literal["FAILED", "KILLED"] | None = None) -> str | None:
+        """Waits until all is copied; the sentence to show if something could not be.
+
+        ended: how, where the work ends before its time. Without it, a run that is not finished is still running.
+        """
+        if ended is not None:
+            self._later(self._end, ended)
         self._pool.shutdown(wait=True)
         return self.problem
 
@@ -280,6 +291,7 @@ class Mirror:
             tags = {"mlflow.parentRunId": self._parent, "tdiff.phase": phase}
             name = f"{self._name}/{phase}"
             found = _tagged_run(self._client, self._experiment_id, tags, name, {NOTE: ABOUT_PHASE})
+            self._set_running(found)
             known = self._client.get_run(found).data.params
             section = "diffusion." if phase == "diffusion" else "tree."
             self._log_params(found, {key: v for key, v in self._params.items() if key.startswith(section)}, known)
@@ -332,14 +344,17 @@ class Mirror:
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._parent, metrics=metrics[first : first + 1000])
 
-    def _result(self, metrics: dict[str, float], files: dict[str, bytes]) -> None:
+    def _result(self, metrics: dict[str, float], files: dict[str, bytes], tags: dict[str, str]) -> None:
         from mlflow.entities import Metric
 
         known = self._client.get_run(self._parent).data
         if known.tags.get(NOTE) == self._about() and "leaves" in metrics:  # else somebody has written their own
             self._client.set_tag(self._parent, NOTE, self._about(metrics["leaves"]))
+        for key, value in tags.items():
+            if known.tags.get(key) != value:
+                self._client.set_tag(self._parent, key, value)
         now = int(time.time() * 1000)
-        new = [Metric(k, float(v), now, 0) for k, v in metrics.items() if known.metrics.get(k) != float(v)]
+        new = [Metric(k, float(v), now, 0) for k, v in metrics.items() if not _same(known.metrics.get(k), float(v))]
         for first in range(0, len(new), 1000):
             self._client.log_batch(self._parent, metrics=new[first : first + 1000])
         digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
@@ -348,6 +363,18 @@ class Mirror:
                 _write(Path(folder), files)
                 self._client.log_artifacts(self._parent, folder)
             self._client.set_tag(self._parent, FILES, digest)
+
+    def _go_on(self) -> None:
+        self._set_running(self._parent)
+
+    def _set_running(self, run: str) -> None:
+        if self._client.get_run(run).info.status in ("FAILED", "KILLED"):
+            self._client.update_run(run, status="RUNNING")
+
+    def _end(self, status: str) -> None:
+        for run in (*self._children.values(), self._parent):
+            if self._client.get_run(run).info.status == "RUNNING":
+                self._client.set_terminated(run, status)
 
     def _finish(self, tree: dict[str, bytes]) -> None:
         if self._client.get_run(self._parent).info.status != "FINISHED":
@@ -374,6 +401,10 @@ class Mirror:
             self._client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
         self._client.log_outputs(self._parent, [LoggedModelOutput(model.model_id, step=0)])
         self._client.finalize_logged_model(model.model_id, "READY")
+
+
+def _same(known: float | None, value: float) -> bool:
+    return known == value or (known is not None and math.isnan(known) and math.isnan(value))
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -228,6 +228,33 @@ def test_a_command_started_again_adds_only_what_is_new(copy: Copy):
     assert copy.history("00-root", "seconds") == [(0, 1.5)]
     assert copy.history("all", "acc") == [(0, 0.5)]
     assert len(copy.models()) == 1
+
+
+@pytest.mark.parametrize("ended", ["FAILED", "KILLED"])
+def test_how_a_command_ended_is_shown_until_it_goes_on(copy: Copy, ended: Literal["FAILED", "KILLED"]):
+    mirror = copy.mirror()
+    mirror.phase("00-root", copy.written("00-root", ROOT), {})
+    mirror.progress("01-split-1", copy.written("01-split-1", SPLIT))
+    assert mirror.close(ended) is None
+    statuses = {phase: run.info.status for phase, run in copy.runs().items()}
+    assert statuses == {"all": ended, "00-root": "FINISHED", "01-split-1": ended}
+    mirror = copy.mirror()
+    mirror.go_on()
+    mirror.progress("01-split-1", copy.written("01-split-1", SPLIT))
+    settle(mirror)
+    statuses = {phase: run.info.status for phase, run in copy.runs().items()}
+    assert statuses == {"all": "RUNNING", "00-root": "FINISHED", "01-split-1": "RUNNING"}
+    assert mirror.close() is None
+    assert copy.history("01-split-1") == [(1, 1.0), (2, 0.5)]
+
+
+def test_what_is_no_number_is_logged_once(copy: Copy):
+    for _ in range(2):
+        mirror = copy.mirror()
+        mirror.result({"acc": float("nan")}, {}, {"samples.reference": "10 test images"})
+        assert mirror.close() is None
+    assert len(copy.history("all", "acc")) == 1
+    assert copy.runs()["all"].data.tags["samples.reference"] == "10 test images"
 
 
 def test_a_phase_is_mirrored_while_it_runs(copy: Copy):
