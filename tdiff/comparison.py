@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tdiff import config as configs
 from tdiff import results, storage, tracking
 from tdiff.data.shards import read_manifest
 from tdiff.errors import ConfigError, without_passwords
+from tdiff.evaluation.published import method
 from tdiff.evaluation.tables import Entry
+from tdiff.figures.plots import sample_rows, save
 from tdiff.mirroring import tracking_of
 from tdiff.runs import Run
 
@@ -84,6 +88,21 @@ def _tree_digest(run: Run) -> str:
     if taken := run.record().get("tree_digest"):
         return str(taken)
     return hashlib.sha256(storage.read_bytes(storage.join(run.grown_tree, "model.safetensors"))).hexdigest()
+
+
+def samples_side_by_side(runs: Sequence[Run]) -> bytes | None:
+    """The papers' Figs. 2 and 3 as PNG: samples of the TreeVAE, and of every run's diffusion model for the same latents
+    and noise. None unless there are two such runs: on one tree, of one seed, with as many images a shard.
+    """
+    drawn = [(run, found) for run in runs if (found := results.first_samples(run)) is not None]
+    alike = [(run, found) for run, found in drawn if np.array_equal(found.treevae, drawn[0][1].treevae)]
+    if len(alike) < 2:
+        return None
+    names = [method(run.config().diffusion.condition) for run, _ in alike]
+    blocks = [(method("treevae"), alike[0][1].treevae / 255)]
+    for (run, found), name in zip(alike, names, strict=True):
+        blocks.append((name if names.count(name) == 1 else f"{name} ({run.name})", found.images / 255))
+    return save(sample_rows(blocks, columns=10))
 
 
 def store(run: Run, uri: str | None) -> tuple[str, str | None]:

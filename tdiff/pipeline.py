@@ -23,7 +23,7 @@ from tdiff.launch import Crew, workers_for
 from tdiff.mirroring import mirror_of, numbers_in, protocol_of, tracking_uri
 from tdiff.opening import opened
 from tdiff.runs import CHECKPOINTS, PHASE_NAME, Run, drop_checkpoints, existing, finish_phase, phase_summary
-from tdiff.tracking import Mirror
+from tdiff.tracking import Ended, Mirror
 from tdiff.tree.growth import leaf_to_split, leaves_to_prune
 from tdiff.tree.topology import Topology
 from tdiff.work import scoring
@@ -277,7 +277,8 @@ def train(config: Config, until: str | None = None, fresh: bool = False, say: Sa
         run = opening.run
         mirror = mirror_of(run, *tracking_uri(config))
         driver = Driver(config, run, run.record()["data_url"], opening.crew, mirror, say)
-        numbers, ended = None, None
+        numbers: dict[str, Any] | None = None
+        ended: Ended | None = None
         mirror.go_on()
         try:
             if until == NEXT:

@@ -369,6 +369,14 @@ def contents(run: Run) -> Contents:
     )
 
 
+def first_samples(run: Run) -> Samples | None:
+    """The first of the run's draws from the prior, if they are there."""
+    if not storage.finished(run.at("diffusion")):
+        return None
+    job = standard_jobs(run)["prior"]
+    return read_samples(job.url, drawing.SIDE_BY_SIDE) if storage.finished(job.url) else None
+
+
 def _drawn(run: Run) -> dict[str, Samples]:
     """The standard samples that are drawn, by name."""
     if not storage.finished(run.at("diffusion")):

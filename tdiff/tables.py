@@ -16,7 +16,9 @@ ACC, NMI, ARI, purities and accuracies in percent, entropies in nats."""
 def main() -> None:
     parser = cli.parser("tables", ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders with an evaluation.json, local or s3://")
-    parser.add_argument("--out", metavar="DIR", help="folder for tables.md and tables.csv, local or s3://")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for tables.md, tables.csv and, on one tree, samples.png"
+    )
     parser.add_argument(
         "--tracking",
         metavar="URI",
@@ -30,9 +32,12 @@ def main() -> None:
     files = {"tables.md": markdown(found), "tables.csv": as_csv(found)}
     console.print(files["tables.md"])
     if arguments.out is not None:
-        for name, text in files.items():
+        contents = {name: text.encode() for name, text in files.items()}
+        if (picture := comparison.samples_side_by_side(runs)) is not None:
+            contents["samples.png"] = picture
+        for name, content in contents.items():
             url = storage.join(storage.absolute(arguments.out), name)
-            storage.write_text(url, text)
+            storage.write_bytes(url, content)
             console.print(url)
     if address is not None:
         comparison.log(runs, [entry.data for entry in entries], address, files)

@@ -38,6 +38,9 @@ PAUSE = 30.0
 Sample = tuple[str, float, dict[str, float]]
 """What a node was busy with: its name, the Unix time in seconds, values by name (`tdiff.nodes`)."""
 
+Ended = Literal["FAILED", "KILLED"]
+"""How MLflow calls the end of a run before its time."""
+
 ABOUT_RUN = """\
 **{name}**: a TreeDiffusion run on `{data}`{leaves}. Its phases are the runs below it, named {name}/PHASE.
 
@@ -224,7 +227,7 @@ class Mirror:
         """The run is worked on again: one that had failed or was stopped is shown as running."""
         self._later(self._go_on)
 
-    def close(self, ended: Literal["FAILED", "KILLED"] | None = None) -> str | None:
+    def close(self, ended: Ended | None = None) -> str | None:
         """Waits until all is copied; the sentence to show if something could not be.
 
         ended: how, where the work ends before its time. Without it, a run that is not finished is still running.

@@ -18,8 +18,9 @@ from typing import Any
 
 import making
 import pytest
+from finished import finished_run
 
-from tdiff import cli, comparison, storage
+from tdiff import cli, comparison, results, storage
 from tdiff import config as configs
 from tdiff import tables as command
 from tdiff.data.shards import read_manifest
@@ -36,7 +37,8 @@ from tdiff.evaluation.tables import (
     markdown,
     tables,
 )
-from tdiff.runs import existing
+from tdiff.runs import Run, existing
+from tdiff.work.sampling import draw_shard
 
 INCEPTION, JUDGE = "1a" * 32, "2b" * 32
 
@@ -531,6 +533,29 @@ def test_runs_become_tables(tmp_path: Path, call: Call) -> None:
     lines = list(csv.DictReader((out / "tables.csv").open(newline="")))
     assert {line["table"] for line in lines} == {"1", "2", "3", "controls"}
     assert not list(tmp_path.glob("**/mlflow.db"))
+
+
+def drawn(folder: Path, condition: str, *settings: str) -> Run:
+    """A finished run told so, with its draws from the prior."""
+    run = finished_run(folder, settings=(f"diffusion.condition={condition}", "samples.draws=8", *settings))
+    job = results.standard_jobs(run)["prior"]
+    results._complete(job, [draw_shard(job, shard) for shard in range(job.shards)])
+    return run
+
+
+def test_models_on_one_tree_are_shown_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures 2 and 3: image k of each model is of the same latents, or it is not shown."""
+    runs = [drawn(tmp_path / name, name) for name in ("recon", "path", "none")]
+    other = drawn(tmp_path / "other", "path", "seed=7")
+    shown: list[tuple[str, Any]] = []
+    rows = comparison.sample_rows
+    monkeypatch.setattr(comparison, "sample_rows", lambda blocks, **how: shown.extend(blocks) or rows(blocks, **how))
+    picture = comparison.samples_side_by_side([*runs, other])
+    assert picture is not None
+    assert picture.startswith(b"\x89PNG")
+    assert [name for name, _ in shown] == ["TreeVAE", "TreeVAE + Diffusion", "TreeDiffusion", "Diffusion alone"]
+    assert all(len(images) == 8 for _, images in shown)
+    assert comparison.samples_side_by_side([runs[0], other]) is None
 
 
 def test_entries_hold_what_results_depend_on(tmp_path: Path) -> None:

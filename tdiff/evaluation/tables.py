@@ -67,7 +67,7 @@ class Entry:
         for part, names in (
             ("reference", ("split", "images")),
             ("inception", ("digest",)),
-            ("classifier", ("network", "digest")),
+            ("classifier", ("network", "digest", "test_accuracy")),
         ):
             named |= {f"{part}.{name}": self.samples(part).get(name) for name in names}
         return {name: value for name, value in named.items() if value is not None}
@@ -474,7 +474,9 @@ def told(protocol: Mapping[str, Any]) -> str:
         parts.append(f"Inception {protocol['inception.digest'][:8]}")
     judge = [str(protocol.get("classifier.network", "")), str(protocol.get("classifier.digest", ""))[:8]]
     if any(judge):
-        parts.append(" ".join(["classifier", *(part for part in judge if part)]))
+        right = protocol.get("classifier.test_accuracy")
+        known = "" if right is None else f" (right about {right:.1%} of the held-out images)"
+        parts.append(" ".join(["classifier", *(part for part in judge if part)]) + known)
     return ", ".join(parts)
 
 
