@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from tdiff.tree.topology import Topology
 
@@ -23,6 +21,8 @@ def accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
 
     With more clusters than classes, the clusters left without a class count as wrong.
     """
+    from scipy.optimize import linear_sum_assignment  # a fifth of a second, which most commands do without
+
     table = contingency(labels, clusters)  # [U, C]
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].sum() / table.sum())
@@ -30,12 +30,16 @@ def accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
 
 def nmi(labels: ArrayLike, clusters: ArrayLike) -> float:
     """Mutual information over the arithmetic mean of the two entropies."""
+    from sklearn.metrics import normalized_mutual_info_score  # a second of imports, with pandas
+
     labels, clusters = _pair(labels, clusters)
     return float(normalized_mutual_info_score(labels, clusters, average_method="arithmetic"))
 
 
 def ari(labels: ArrayLike, clusters: ArrayLike) -> float:
     """Rand index adjusted for chance: 1 for equal partitions, around 0 for independent ones."""
+    from sklearn.metrics import adjusted_rand_score
+
     labels, clusters = _pair(labels, clusters)
     return float(adjusted_rand_score(labels, clusters))
 
