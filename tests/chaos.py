@@ -261,7 +261,9 @@ def main() -> None:
     arguments = parser.parse_args()
     home = arguments.home.absolute()
     deadline, pause = 3600 * arguments.hours, tuple(arguments.pause)
-    told, differ = compare(arguments.settings, home, arguments.seed, arguments.kills, deadline, pause)
+    # The runs have folders of their own.
+    settings = [str(Path(one).absolute()) if Path(one).is_file() else one for one in arguments.settings]
+    told, differ = compare(settings, home, arguments.seed, arguments.kills, deadline, pause)
     for difference in differ:
         print(difference)
     print(json.dumps({"benchmark": "chaos", **told, "differences": len(differ)}))
