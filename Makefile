@@ -1,10 +1,10 @@
-# make demo | test | test-slow | lint | bench | manifests | ui; every target sets up .venv first (a no-op when that is done).
+# make demo | test | test-slow | lint | bench | manifests | lock | ui; every target sets up .venv first, if need be.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup demo test test-slow lint bench manifests ui clean
+.PHONY: setup demo test test-slow lint bench manifests lock ui clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,14 @@ bench: setup
 # The jobs as plain files, from what jobs/source and cluster/ray say. Needs kubectl (Debian: kubernetes-client).
 manifests: setup
 	$(BIN)/python jobs/write.py
+
+# The versions that the image installs, ray's as the manifests have it. Versions that are there stay while they can:
+# newer ones by make lock ARGS=--upgrade. For an image of another architecture: PLATFORM=aarch64-unknown-linux-gnu.
+PLATFORM ?= x86_64-unknown-linux-gnu
+lock: setup
+	sed -n 's/^  rayVersion: /ray==/p' cluster/ray/gpu-pool/raycluster.yaml \
+	  | $(BIN)/uv pip compile --quiet pyproject.toml --extra cluster --constraints - --python-version 3.11 \
+	    --python-platform $(PLATFORM) --no-header --no-annotate --output-file requirements.lock $(ARGS)
 
 # Shows the runs of ./runs; another folder: make ui RUNS=…
 RUNS ?= runs

@@ -21,7 +21,17 @@ for argument in "$@"; do
   esac
   arguments+=("$argument")
 done
-[[ $per_phase ]] || exec ray job submit --working-dir . -- python -m tdiff.train "$@"
+
+# What the run's record says of its code: in the cluster it lies in no repository. Empty where it does not here either,
+# since an image's own TDIFF_COMMIT is not of this code.
+commit=""
+if git ls-files --error-unmatch tdiff/__init__.py >/dev/null 2>&1; then
+  commit=$(git rev-parse HEAD)$([[ ! $(git status --porcelain -- tdiff) ]] || echo +)
+fi
+environment="{\"env_vars\": {\"TDIFF_COMMIT\": \"$commit\"}}"
+
+submit=(ray job submit --working-dir . --runtime-env-json "$environment")
+[[ $per_phase ]] || exec "${submit[@]}" -- python -m tdiff.train "$@"
 if [[ $until ]]; then
   echo "submit: --per-phase goes on to the end of the run: leave --until out." >&2
   exit 2
@@ -34,7 +44,7 @@ name=${name:-${config:-run}}
 submission="${name//[^A-Za-z0-9._-]/-}-$(date -u +%Y%m%dT%H%M%S)-$$" number=0 upcoming=first
 while [[ $upcoming != nothing ]]; do
   job="$submission-$number-$upcoming"
-  ray job submit --no-wait --submission-id "$job" --working-dir . -- \
+  "${submit[@]}" --no-wait --submission-id "$job" -- \
     python -m tdiff.train ${arguments[@]+"${arguments[@]}"} --until next $fresh
   fresh=""
   # A phase may take hours, in which the connection can break: then its log is followed anew, from its beginning.

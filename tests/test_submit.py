@@ -5,6 +5,8 @@ With a `ray` of our own that keeps its jobs in a folder; the real one is in test
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +23,11 @@ from pathlib import Path
 folder, phases = Path({folder!r}), {phases!r}
 _, verb, *arguments = sys.argv[1:]
 if verb == "submit":
-    identity = arguments[arguments.index("--submission-id") + 1]
     with (folder / "submitted").open("a") as file:
         print(Path.cwd(), *arguments, sep="|", file=file)
+    if "--submission-id" not in arguments:
+        sys.exit()
+    identity = arguments[arguments.index("--submission-id") + 1]
     done = len((folder / "done").read_text().split())
     (folder / "asked").unlink(missing_ok=True)
     log = "Running entrypoint\\nnext: from an older line\\n" + phases[done] + " 1.0 s\\n"
@@ -86,6 +90,9 @@ def submitted(folder: Path) -> list[list[str]]:
         cwd, *arguments = line.split("|")
         assert cwd == str(ROOT.resolve())
         assert arguments[arguments.index("--working-dir") + 1] == "."
+        environment = json.loads(arguments[arguments.index("--runtime-env-json") + 1])
+        assert set(environment) == {"env_vars"}
+        assert set(environment["env_vars"]) == {"TDIFF_COMMIT"}
         where = arguments.index("--")
         jobs.append([arguments[arguments.index("--submission-id") + 1], *arguments[where + 1 :]])
     return jobs
@@ -143,6 +150,45 @@ def test_a_cluster_that_no_longer_answers_ends_it(folder: Path) -> None:
     done = submit(folder, "--per-phase", "name=a", SUBMIT_TRIES="3")
     assert done.returncode == 1
     assert "may still run there" in done.stderr
+
+
+@pytest.mark.parametrize("form", [[], ["--per-phase"]], ids=["one job", "a job a phase"])
+def test_jobs_are_told_the_commit_of_the_code(folder: Path, form: list[str]) -> None:
+    """With a + where the work tree differs in tdiff/; nothing where the code is in no repository of its own."""
+    copy = folder / "repository" / "tdiff-copy"
+    for name in ("jobs/submit.sh", "tdiff/__init__.py"):
+        (copy / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, copy / name)
+
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=test", "-c", "user.email=test"]
+        done = subprocess.run(
+            ["git", "-C", copy.parent, *names, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def told() -> str:
+        (folder / "done").write_text("")
+        (folder / "submitted").unlink(missing_ok=True)
+        environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+        command = [copy / "jobs" / "submit.sh", *form, "name=a"]
+        subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60)
+        lines = (folder / "submitted").read_text().splitlines()
+        assert len(lines) == (len(PHASES) if form else 1)
+        (given,) = {line.split("|--runtime-env-json|")[1].split("|")[0] for line in lines}
+        return str(json.loads(given)["env_vars"]["TDIFF_COMMIT"])
+
+    assert told() == ""
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=theirs")
+    assert told() == "", "somebody else's repository"
+    git("add", ".")
+    git("commit", "--quiet", "--message=ours")
+    assert told() == git("rev-parse", "HEAD")
+    (copy / "file").touch()
+    assert told() == git("rev-parse", "HEAD")
+    (copy / "tdiff" / "__init__.py").write_text("changed")
+    assert told() == git("rev-parse", "HEAD") + "+"
 
 
 def test_it_goes_to_the_end_only(folder: Path) -> None:
