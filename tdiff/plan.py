@@ -14,10 +14,10 @@ from tdiff.data.shards import read_manifest
 from tdiff.errors import ConfigError
 from tdiff.estimates import KINDS
 from tdiff.hardware import computes_in_bf16
-from tdiff.launch import default_workers, workers_for
+from tdiff.launch import default_workers
 from tdiff.opening import check_size, data_url
 from tdiff.planning.expected import Plan, plan_of
-from tdiff.planning.given import Data, Machines, data_of, schedule
+from tdiff.planning.given import Data, Machines, asked_for, data_of, schedule
 from tdiff.planning.misfits import misfits
 from tdiff.planning.speeds import STAGES, Speed, assumed, counted, measured, speeds_of
 from tdiff.planning.tables import tables
@@ -72,9 +72,10 @@ def machines_of(chosen: Config, arguments: argparse.Namespace) -> Machines:
     """What the plan is for. Raises ConfigError."""
     kind = KINDS[arguments.gpu]
     here = arguments.gpu == "cpu"
-    most = max(chosen.workers) if isinstance(chosen.workers, tuple) else chosen.workers or 1
-    count: int = default_workers(chosen.workers) if here else most
-    count = count if arguments.gpus is None else arguments.gpus
+    if arguments.gpus is not None:
+        count: int = arguments.gpus
+    else:
+        count = _workers_here(chosen) if here else asked_for(chosen)
     per_node = arguments.per_node if arguments.per_node is not None else count if here else 8
     for option, value in (("--gpus", count), ("--per-node", per_node)):
         if value < 1:
@@ -86,11 +87,19 @@ def machines_of(chosen: Config, arguments: argparse.Namespace) -> Machines:
             raise ConfigError(f"--{option.replace('_', '-')} {value:g} cannot be used: take more than 0.")
     if arguments.efficiency is not None:
         kind = replace(kind, efficiency=arguments.efficiency)
-    memory = arguments.node_memory or (kind.memory * count if here else 1000)
+    memory = arguments.node_memory or (kind.memory * per_node if here else 1000)
     cores = per_node if here else 12 * per_node
     price = kind.price if arguments.price is None else arguments.price
     network = arguments.network or kind.network
     return Machines(arguments.gpu, kind, count, per_node, memory, cores, network, arguments.storage, price)
+
+
+def _workers_here(chosen: Config) -> int:
+    """How many workers the job would take on this machine's cores. Raises ConfigError if it has too few."""
+    try:
+        return default_workers(chosen.workers)
+    except ConfigError as error:
+        raise ConfigError(f"{str(error).rstrip('.')}, or plan for other machines with --gpus.") from error
 
 
 def _rates(items: list[str]) -> dict[str, float]:
@@ -123,7 +132,7 @@ def main() -> None:
     parser = cli.parser("plan", "Parameters, FLOPs, steps, memory, hours, cost and bandwidth, before anything runs.")
     cli.add_config(parser)
     parser.add_argument("--gpu", choices=sorted(KINDS), default="cpu", help="kind of machine; cpu: one core a worker")
-    parser.add_argument("--gpus", type=int, help="how many at most; default: the config's workers")
+    parser.add_argument("--gpus", type=int, help="how many at most; default: the config's workers, or 2")
     parser.add_argument("--per-node", type=int, help="of them on a node; default: 8, cpu: all")
     parser.add_argument("--price", type=float, help="dollars an hour for one; default: a usual one, which changes")
     parser.add_argument(
@@ -149,8 +158,7 @@ def main() -> None:
     costs = counted(chosen, data, phases, bf16)
     speeds = assumed(machines, bf16)
     if run is not None:
-        workers = workers_for(run.config().diffusion.slots, default_workers(run.config().workers))
-        speeds |= speeds_of(run, workers)
+        speeds |= speeds_of(run)
     speeds |= measured(rates, costs)
     plan = plan_of(chosen, data, machines, speeds, costs, phases)
     warnings = [*misfits(chosen, plan, costs, phases)]

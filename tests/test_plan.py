@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from finished import finished_run
+from finished import Alone, finished_run
 from torch import nn
 
-from tdiff import config, estimates, pipeline
+from tdiff import config, estimates, launch, pipeline
 from tdiff.data.order import Order
 from tdiff.diffusion.condition import Denoiser
 from tdiff.errors import ConfigError
 from tdiff.estimates import KINDS
 from tdiff.plan import main
-from tdiff.planning.expected import Plan, drawn, plan_of
-from tdiff.planning.given import Data, Machines, Phase, schedule
+from tdiff.planning.expected import Memory, Plan, drawn, plan_of
+from tdiff.planning.given import DEFAULT_WORKERS, Data, Machines, Phase, data_of, schedule
 from tdiff.planning.misfits import misfits
 from tdiff.planning.speeds import Costs, Speed, assumed, counted, measured, speeds_of
 from tdiff.tree.growth import leaf_reach, members
@@ -31,7 +32,8 @@ from tdiff.tree.model import TreeVAE
 from tdiff.tree.topology import Topology
 from tdiff.work import counting
 from tdiff.work.counting import Cost, cost_of, grown
-from tdiff.work.diffusing import denoiser_spec, steps_of
+from tdiff.work.diffusing import DiffusionPhase, denoiser_spec, diffuse, steps_of
+from tdiff.work.growing import GrowingPhase, grow
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DIGITS = Data.of_size(1500, 297, (1, 8, 8), 10, 500)
@@ -296,17 +298,131 @@ def test_bad_options_are_one_sentence(options: list[str], words: str, monkeypatc
         main()
 
 
-def test_a_run_says_how_fast_workers_are(tmp_path: Path):
-    """80 images of the whole tree in 10 seconds, 2 of them for data, on two workers."""
-    run = finished_run(tmp_path, denoiser=False, settings=("tree.batch=8", "diffusion.batch=8"))
+def test_a_step_needs_some_of_a_gpus_memory_beside_its_tensors(costs: Costs):
+    """92% of the data sheet's GB hold them, all of a core's."""
+    chosen = config.load(None, [*LARGER, "tree.max_leaves=4"])
+    phases = schedule(chosen, HUGE.images)
+    for gpu, usable in (("h100", 0.92), ("cpu", 1.0)):
+        on = machines(gpu)
+        plan = plan_of(chosen, HUGE, on, assumed(on, True), costs, phases)
+        room = int(usable * on.kind.memory * estimates.GB)
+        for total, fits in ((room, True), (room + 10**6, False)):
+            plan.memory = [Memory("tree", 0, total, 0, 0)]
+            told = [sentence for sentence in misfits(chosen, plan, costs, phases) if "tree: a step takes" in sentence]
+            assert bool(told) == (not fits), told
+
+
+def planning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """What the command prints with --json."""
+    monkeypatch.setattr("sys.argv", ["plan", "--json", *arguments])
+    main()
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+TINY = ("tree.features=3", "tree.max_leaves=2", "diffusion.width=8", "diffusion.heads=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        (["workers=64", "--gpu", "h100"], 64),
+        (["workers=[2,64]", "--gpu", "h100"], 64),
+        (["workers=64", "--gpus", "8"], 8),
+        (["workers=64", "--gpu", "h100", "--gpus", "8"], 8),
+        (["--gpu", "h100"], 2),
+    ],
+)
+def test_what_is_planned_is_the_job_that_would_run(
+    options: list[str],
+    workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Whatever this machine has, where the plan is not for its own cores."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert planning(monkeypatch, capsys, f"runs={tmp_path}", *TINY, *options)["machines"]["workers"] == workers
+
+
+def test_this_machines_cores_must_be_enough_for_a_plan_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("sys.argv", ["plan", f"runs={tmp_path}", "workers=64"])
+    with pytest.raises(ConfigError, match="take workers=2, or plan for other machines with --gpus"):
+        main()
+
+
+def test_workers_by_default_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://a-cluster:8265")
+    assert launch.default_workers(None) == DEFAULT_WORKERS
+
+
+def trained(url: str, workers: int | None, seconds: float) -> None:
+    """Lets a finished phase say that it trained on 80 images in so many seconds beside 2 for data."""
+    folder = Path(url)
+    (folder / "metrics").mkdir()
+    (folder / "metrics" / "000000010.jsonl").write_text('{"step": 5, "images": 40}\n{"step": 10, "images": 80}\n')
+    summary: dict[str, Any] = {"seconds": {"train": seconds + 2.0, "data": 2.0}}
+    (folder / "summary.json").write_text(json.dumps(summary if workers is None else summary | {"workers": workers}))
+
+
+SMALL = ("tree.batch=8", "diffusion.batch=8")
+
+
+@pytest.mark.parametrize(
+    ("told", "on"),
+    [
+        ({"tree": None, "diffusion": None}, {"tree": 1, "diffusion": 2}),
+        ({"tree": 1, "diffusion": 4}, {"tree": 1, "diffusion": 4}),
+    ],
+    ids=["by slots", "by summaries"],
+)
+def test_a_run_says_how_fast_workers_are(told: dict[str, int | None], on: dict[str, int], tmp_path: Path):
+    """Each stage by its own number of workers: as it was written down, or else those that share its slots."""
+    run = finished_run(tmp_path, settings=(*SMALL, "tree.slots=1", "diffusion.slots=2"))
+    assert run.config().workers is None
     with pytest.raises(ConfigError, match="has no finished phase to measure by"):
-        speeds_of(run, 2)
-    url = Path(run.at("tree", "00-finetune"))
-    (url / "metrics").mkdir()
-    (url / "metrics" / "000000010.jsonl").write_text('{"step": 5, "images": 40}\n{"step": 10, "images": 80}\n')
-    (url / "summary.json").write_text(json.dumps({"seconds": {"train": 10.0, "data": 2.0}}))
-    found = speeds_of(run, 2)
-    assert set(found) == {"tree"}
-    whole = counting.tree_costs(run.config(), (1, 8, 8), grown(3), 4).whole
-    assert found["tree"].rate == pytest.approx(whole.flops * 80 / 8 / 2)
-    assert found["tree"].source == f"measured in RUN {run.url} on 2 workers"
+        speeds_of(run)
+    trained(run.at("tree", "00-finetune"), told["tree"], 8.0)
+    trained(run.at("diffusion"), told["diffusion"], 16.0)
+    found = speeds_of(run)
+    costs = counted(run.config(), data_of(run.manifest()), schedule(run.config(), 23), bf16=False)
+    whole = counting.tree_costs(run.config(), (1, 8, 8), grown(3), 8).whole
+    assert set(found) == {"tree", "diffusion"}
+    assert found["tree"].rate == pytest.approx(whole.flops * 80 / 8 / on["tree"])
+    denoising = costs.denoiser.step.flops + costs.all.visit.flops
+    assert found["diffusion"].rate == pytest.approx(denoising * 80 / 16 / on["diffusion"])
+    assert found["tree"].source == f"measured in RUN {run.url} on 1 worker"
+    assert found["diffusion"].source == f"measured in RUN {run.url} on {on['diffusion']} workers"
+
+
+class Untroubled(Alone):
+    """The one worker, which nobody tells to stop."""
+
+    def told_to_stop(self) -> bool:
+        return False
+
+
+def test_phases_write_down_how_many_workers_trained_them(tmp_path: Path):
+    """Which the config does not say: fewer share the slots, or the cluster had no more."""
+    short = ("tree.epochs.initial=1", "diffusion.images=8", "diffusion.validations=0")
+    run = finished_run(tmp_path, denoiser=False, settings=(*SMALL, *short))
+    root, data_url, chosen = run.at("tree", "root-again"), run.record()["data_url"], run.config()
+    grow(GrowingPhase("00-root", "root", root, None, None, data_url, chosen), Untroubled())
+    diffuse(DiffusionPhase(run.at("diffusion"), run.grown_tree, data_url, chosen, bf16=False), Untroubled())
+    for url in (root, run.at("diffusion")):
+        assert json.loads(Path(url, "summary.json").read_text())["workers"] == 1
+
+
+def test_a_run_on_more_workers_than_this_machine_has_cores_says_how_fast_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    run = finished_run(tmp_path, denoiser=False, settings=(*SMALL, "workers=64"))
+    trained(run.at("tree", "00-finetune"), None, 8.0)
+    found = planning(monkeypatch, capsys, f"runs={tmp_path}", *TINY, "workers=64", "--gpu", "h100", "--from", run.url)
+    assert found["machines"]["workers"] == 64
+    assert found["hours"] > 0

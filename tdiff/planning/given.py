@@ -16,6 +16,9 @@ from tdiff.tree.growth import EFFECTIVE_SHARE
 from tdiff.work.counting import Shape
 from tdiff.work.growing import Kind as PhaseKind
 
+DEFAULT_WORKERS = 2
+"""Of a config that says nothing of them, where there are so many (`tdiff.launch.crew_of`)."""
+
 PNG_SHARE = 0.7
 """Bytes of a PNG over those of its pixels, for photographs; assumed where no manifest says it."""
 
@@ -72,6 +75,11 @@ def data_of(manifest: Manifest) -> Data:
     images = manifest.samples("train")
     size = sum(shard.bytes for shard in shards) / images
     return Data(images, held_out, manifest.shape, size, len(shards), len(manifest.classes or ()))
+
+
+def asked_for(config: Config) -> int:
+    """How many workers a config wants at most, whatever this machine has."""
+    return max(config.workers) if isinstance(config.workers, tuple) else config.workers or DEFAULT_WORKERS
 
 
 # --- the tree's phases -------------------------------------------------------------------------------

@@ -14,6 +14,11 @@ from tdiff.planning.speeds import Costs
 from tdiff.tree.growth import EFFECTIVE_SHARE
 from tdiff.work.growing import FROZEN_IN_MEMORY
 
+USABLE = 0.92
+"""Share of a GPU's memory by its data sheet that a step's tensors can fill: the rest is CUDA's context, buffers of NCCL
+and cuDNN, and gaps between blocks that PyTorch's allocator cannot close. Assumed, never measured here.
+"""
+
 DECODING = 69e-6 / 28**2
 """Seconds a pixel of unpacking and decoding on one core: 69 us for 28x28 (BENCHMARKS.md), a thumb for larger ones."""
 
@@ -24,7 +29,7 @@ def _gb(size: float) -> str:
 
 def misfits(config: Config, plan: Plan, costs: Costs, phases: list[Phase]) -> Iterator[str]:
     """All that is known of before anything runs."""
-    yield from _memory_warnings(config, plan, plan.machines.kind.memory * GB)
+    yield from _memory_warnings(config, plan)
     if config.tree.run is None:
         yield from _idle("tree", config.tree.slots, plan.machines.workers)
         yield from _growing_warnings(config, plan, costs, phases)
@@ -70,12 +75,14 @@ def _growing_warnings(config: Config, plan: Plan, costs: Costs, phases: list[Pha
         )
 
 
-def _memory_warnings(config: Config, plan: Plan, room: float) -> Iterator[str]:
-    zero, name = config.diffusion.zero, plan.machines.name
+def _memory_warnings(config: Config, plan: Plan) -> Iterator[str]:
+    zero, name, kind = config.diffusion.zero, plan.machines.name, plan.machines.kind
+    room = kind.memory * GB * (USABLE if kind.together else 1)
+    has = _gb(room) + (f" of its {_gb(kind.memory * GB)} for it" if kind.together else "")
     for held in plan.memory:
         if held.total <= room or (held.stage == "diffusion" and held.zero != zero):
             continue
-        needs = f"{held.stage}: a step takes {_gb(held.total)} and {name} has {_gb(room)}"
+        needs = f"{held.stage}: a step takes {_gb(held.total)} and {name} has {has}"
         if held.stage != "diffusion":
             yield f"{needs}: take more tree.slots or a smaller tree.batch, so that fewer rows pass at once"
             continue

@@ -13,7 +13,8 @@ from tdiff import storage
 from tdiff.config import Config
 from tdiff.errors import ConfigError
 from tdiff.estimates import TREE_SHARE, Kind, pass_seconds
-from tdiff.planning.given import Data, Machines, Phase, data_of, schedule
+from tdiff.launch import workers_for
+from tdiff.planning.given import Data, Machines, Phase, asked_for, data_of, schedule
 from tdiff.runs import Run
 from tdiff.tracking import read_metrics
 from tdiff.work import counting
@@ -132,14 +133,23 @@ def measured(found: Mapping[str, float], costs: Costs) -> dict[str, Speed]:
     }
 
 
-def speeds_of(run: Run, workers: int) -> dict[str, Speed]:
-    """Speeds from a run's finished phases, on so many workers: FLOPs of what it trained on over the seconds it took,
-    without those for data, validation, snapshots and checkpoints (of a phase that was resumed only its last start is
-    known: it seems too fast). Raises ConfigError if no phase is finished.
+def speeds_of(run: Run) -> dict[str, Speed]:
+    """Speeds from a run's finished phases: FLOPs of what each trained on over the seconds that its workers took
+    together, without those for data, validation, snapshots and checkpoints (of a phase that was resumed only its last
+    start is known: it seems too fast). Raises ConfigError if no phase is finished.
     """
     config, manifest = run.config(), run.manifest()
-    data = data_of(manifest)
+    data, wanted = data_of(manifest), asked_for(config)
     flops, seconds = dict.fromkeys(("tree", "split", "diffusion"), 0.0), dict.fromkeys(STAGES, 0.0)
+    crews: dict[str, set[int]] = {stage: set() for stage in flops}  # the numbers of workers that trained a stage
+
+    def add(stage: str, url: str, computed: float, slots: int) -> None:
+        summary = storage.read_json(storage.join(url, "summary.json"))
+        workers = int(summary.get("workers", workers_for(slots, wanted)))  # older runs do not say it
+        flops[stage] += computed
+        seconds[stage] += workers * _training_seconds(summary["seconds"])
+        crews[stage].add(workers)
+
     names = run.tree_phases()
     phases = schedule(config, data.images)
     costs = counted(config, data, phases, run.record()["bf16"])
@@ -151,20 +161,23 @@ def speeds_of(run: Run, workers: int) -> dict[str, Speed]:
         topology = load_topology(url)
         depth = topology[int(name.split("-")[2])].depth if kind == "split" else 0
         phase = Phase(kind, len(topology.leaves), depth, 0, 0, 0)  # type: ignore[arg-type]
+        rows = images * config.tree.batch / config.tree.images_per_step
         stage = "split" if kind == "split" else "tree"
-        flops[stage] += costs.step_of(phase, config).flops * images * config.tree.batch / config.tree.images_per_step
-        seconds[stage] += _training_seconds(url)
+        add(stage, url, costs.step_of(phase, config).flops * rows, config.tree.slots)
     if storage.finished(run.at("diffusion")) and (images := _trained(run.at("diffusion"))):
-        flops["diffusion"] = (costs.denoiser.step.flops + costs.all.visit.flops) * images
-        seconds["diffusion"] = _training_seconds(run.at("diffusion"))
-    found = {stage: flops[stage] / seconds[stage] / workers for stage in flops if seconds[stage]}
+        of_image = costs.denoiser.step.flops + costs.all.visit.flops
+        add("diffusion", run.at("diffusion"), of_image * images, config.diffusion.slots)
+    found = {stage: flops[stage] / seconds[stage] for stage in flops if seconds[stage]}
     if not found:
         raise ConfigError(f"RUN {run.url} has no finished phase to measure by: name another one, or leave --from out.")
-    return {stage: Speed(rate, 0.0, f"measured in RUN {run.url} on {workers} workers") for stage, rate in found.items()}
+    on = {
+        stage: "1 worker" if crew == {1} else f"{' and '.join(map(str, sorted(crew)))} workers"
+        for stage, crew in crews.items()
+    }
+    return {stage: Speed(rate, 0.0, f"measured in RUN {run.url} on {on[stage]}") for stage, rate in found.items()}
 
 
-def _training_seconds(url: str) -> float:
-    taken = storage.read_json(storage.join(url, "summary.json"))["seconds"]
+def _training_seconds(taken: Mapping[str, float]) -> float:
     return float(taken["train"] - sum(taken.get(key, 0.0) for key in ("data", "validation", "snapshots", "checkpoint")))
 
 

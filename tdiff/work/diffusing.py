@@ -278,6 +278,7 @@ def diffuse(phase: DiffusionPhase, worker: Worker) -> None:
         storage.write_text(storage.join(phase.url, "unet.json"), denoiser.spec.to_json() + "\n")
         summary = {
             "parameters": sum(p.numel() for p in denoiser.parameters()),
+            "workers": worker.world,
             "seconds": outcome.seconds,
             "first_step_at": outcome.first_step_at,
             "last_step_at": outcome.last_step_at,

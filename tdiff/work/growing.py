@@ -237,7 +237,7 @@ def grow(phase: GrowingPhase, worker: Worker) -> None:
     if "test" in manifest.splits:
         decisions["test"] = decisions_of(model, open_split(config, phase.data_url, "test"), worker, patience)
     if worker.rank == 0:
-        _finish(phase, model, decisions, outcome)
+        _finish(phase, model, decisions, outcome, worker.world)
 
 
 def _task(
@@ -322,7 +322,8 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Work
     ids = leaf_members(model.topology, load_routing(phase.previous, "train"), leaf)
     order = _order(phase, train.counts(ids))
     still = tree.augmentation == "none"
-    frozen = frozen_of(model, phase.leaf, train, ids, worker) if still else None
+    patience = phase.config.recovery.first_step_seconds
+    frozen = frozen_of(model, phase.leaf, train, ids, worker, patience) if still else None
     new = model.split(phase.leaf, phase.name)
     model.train_only(new)
     annealing = Annealing(order, tree.kl_start, tree.kl_step)
@@ -338,13 +339,18 @@ def _split_task(phase: GrowingPhase, model: TreeVAE, train: Reader, worker: Work
     return _task(phase, order, tree.epochs.split, objective, batch, model)
 
 
-def frozen_of(model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64], worker: Worker) -> Tensor:
+def frozen_of(
+    model: TreeVAE, leaf: int, train: Reader, ids: NDArray[np.int64], worker: Worker, patience: float
+) -> Tensor:
     """What the frozen part of the tree says of a leaf's members, [M, F] for `unpacked`: in fixed blocks of which each
     worker computes every world-th, and all keep all of them, in memory or on disk (`FROZEN_IN_MEMORY`).
+
+    patience: seconds after which a worker without a further block hangs.
     """
     store: Tensor | None = None
     with evaluating(model):
         for first in range(0, len(ids), DECISION_BLOCK * worker.world):
+            worker.expects(patience)
             last = min(first + DECISION_BLOCK * worker.world, len(ids))
             own = slice(
                 min(first + DECISION_BLOCK * worker.rank, last), min(first + DECISION_BLOCK * (worker.rank + 1), last)
@@ -425,6 +431,7 @@ def _finish(
     model: TreeVAE,
     decisions: dict[str, Decisions],
     outcome: engine.Outcome,
+    workers: int,
 ) -> None:
     """Rank 0 writes what the phase hands on, and its summary."""
     topology = model.topology
@@ -433,6 +440,7 @@ def _finish(
     save_tree(phase.url, model)
     summary: dict[str, Any] = {
         "leaves": len(topology.leaves),
+        "workers": workers,
         "seconds": outcome.seconds,
         "first_step_at": outcome.first_step_at,
         "last_step_at": outcome.last_step_at,
