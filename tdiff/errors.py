@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 
-PASSWORD = re.compile(r"(://[^/@\s]*:)\S*(?=@)|([?&][^=&\s]*(?:password|secret|token)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
-"""Within a URL: what stands before its host behind a colon, or what an option of such a name says."""
+PASSWORD = re.compile(
+    r"""
+    (https?://)[^/?#\s:]+:(?=@)  # a token as the user, with an empty password
+    | (https?://[^/?#\s:\[]*:)(?!\d{1,5}[/?#])\S*(?=@)  # a password; a port before a path with an @ is none
+    | (https?://)[^/?#\s:]+(?=@)  # a token alone
+    | ((?<!http)(?<!https)://[^/\s:]*:)\S*(?=@)  # of other schemes a password: a user alone may stand there
+    | ([?&](?:sig|[^=&\s]*(?:
+        password|passwd|pwd|secret|token|signature|x-amz-credential|api[_-]?key|access[_-]?key
+      )[^=&\s]*)=)[^&\s]+
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Within a URL: what stands before its host, but for the user's name, or what an option of such a name says."""
 
 
 def without_passwords(text: str) -> str:
-    """The text with … in the place of every password within a URL."""
-    return PASSWORD.sub(r"\1\2…", text)
+    """The text with … in the place of every password, token, key or signature within a URL."""
+    return PASSWORD.sub(r"\1\2\3\4\5…", text)
 
 
 class Problem(Exception):

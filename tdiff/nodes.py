@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +18,9 @@ INTERVAL = 10.0
 
 KEPT = 360
 """Samples that wait to be fetched, at most: an hour's."""
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a process in a container finds what the container may use and uses (cgroup v2)."""
 
 
 class NodeSampler:
@@ -30,9 +34,9 @@ class NodeSampler:
     def take(self) -> list[tuple[float, dict[str, float]]]:
         """The samples since the last call: (Unix time in seconds, values by name). Names say their units:
 
-        cpu_utilization_percentage, system_memory_usage_{percentage, megabytes}, disk_usage_percentage (of the
-        temporary folder's disk), {disk_read, disk_write, network_receive, network_transmit}_megabytes_per_second,
-        gpu_I_{utilization, memory_usage}_percentage. Megabytes are 10^6 bytes.
+        cpu_utilization_percentage, system_memory_usage_{percentage, megabytes} (of the container, if it has a limit),
+        disk_usage_percentage (of the temporary folder's disk), {disk_read, disk_write, network_receive,
+        network_transmit}_megabytes_per_second, gpu_I_{utilization, memory_usage}_percentage. Megabytes are 10^6 bytes.
         """
         return [self._samples.popleft() for _ in range(len(self._samples))]
 
@@ -51,13 +55,39 @@ class NodeSampler:
 
 def present_use() -> dict[str, float]:
     """Processors since the last call, memory and disk now, by MLflow's own names."""
-    memory = psutil.virtual_memory()
+    used, percentage = memory_use()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_percentage": memory.percent,
-        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": percentage,
+        "system_memory_usage_megabytes": used / 1e6,
         "disk_usage_percentage": psutil.disk_usage(tempfile.gettempdir()).percent,
     }
+
+
+def memory_use() -> tuple[int, float]:
+    """Bytes of memory that are taken, and the share in percent: of a container's limit, or of the machine without one.
+
+    Beyond its limit a container is killed, however much the machine has left. What caches hold and would give back at
+    once is not counted as taken.
+    """
+    machine = psutil.virtual_memory()
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or the whole machine: nothing of it is there
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit != "max" and int(limit) < machine.total:
+            taken = int((CGROUP / "memory.current").read_text())
+            taken = max(taken - _idle_cache(), 0)
+            return taken, 100 * taken / int(limit)
+    return machine.used, machine.percent
+
+
+def _idle_cache() -> int:
+    """Bytes of a container's memory that hold files nobody has read lately; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (CGROUP / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "inactive_file":
+                return int(value)
+    return 0
 
 
 def moved_bytes() -> dict[str, int]:

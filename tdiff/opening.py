@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tdiff import config as configs
-from tdiff import launch, storage
+from tdiff import launch, lease, storage
 from tdiff.config import Config
 from tdiff.data.folder import set_name
 from tdiff.data.known import open_known
@@ -29,6 +30,8 @@ from tdiff.runs import Run, existing
 from tdiff.work import labels
 from tdiff.work.diffusing import deepspeed_settings
 from tdiff.work.growing import check
+
+log = logging.getLogger(__name__)
 
 RECORDS = ("run.json", "config.yaml")
 """The first says what the run is; either says that its folder is a run's."""
@@ -93,7 +96,8 @@ def _identify(
     run: Run, config: Config, bf16: bool, data_url: str, manifest: Manifest, tree_digest: str | None, fresh: bool
 ) -> None:
     """Writes run.json, or finds that the one there says the same. Raises ConfigError if it does not."""
-    there = set(storage.listing(run.url)) - {".lock"}
+    found = {name for name in storage.listing(run.url) if not storage.PARTIAL.search(name)}
+    there = found - {".lock", lease.FILE}
     if fresh and there:
         if not there & set(RECORDS):
             raise ConfigError(f"RUN {run.url} is no run's folder, so --fresh does not delete it: use another name=….")
@@ -143,9 +147,15 @@ def _identify(
 
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Keeps a second driver off a local run folder while this one works on it. Raises ConfigError."""
+    """Keeps a second driver off a run while this one works on it. Raises ConfigError."""
+    taken = f"RUN {run.url} is being worked on by another process: wait for it, or use a name=… of its own."
+
+    def refuse() -> None:
+        raise ConfigError(taken)
+
     if not storage.is_local(run.url):
-        yield
+        with lease.leased(run.url, refuse):
+            yield
         return
     import fcntl
 
@@ -157,10 +167,12 @@ def only_driver(run: Run) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(taken) from error
         except OSError as error:
-            raise ConfigError(
-                f"RUN {run.url} is being worked on by another process: wait for it, or use a name=… of its own."
-            ) from error
+            if error.errno not in storage.NO_LOCKS:
+                raise
+            log.warning("RUN %s lies on a file system without locks: start no second command on it", run.url)
         yield
 
 
@@ -226,11 +238,16 @@ def bf16_for(precision: str, fast: bool) -> bool:
 
 
 def _commit() -> str | None:
-    """The git commit of the code, with a + if the work tree differs from it; None outside a checkout."""
+    """The git commit of the code, with a + if the work tree differs from it.
+
+    Outside a checkout of its own, as in an image or a Ray job's working directory: what TDIFF_COMMIT says, or None.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # A repository that does not have this file is somebody else's, with a .venv in it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "--", "__init__.py"], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("TDIFF_COMMIT") or None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

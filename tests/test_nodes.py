@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -31,6 +32,42 @@ def test_samples_of_this_machine() -> None:
         assert values["network_receive_megabytes_per_second"] >= 0
     assert max(values["cpu_utilization_percentage"] for _, values in found) > 0
     assert all(at not in times for at, _ in sampler.take())
+
+
+def cgroup(folder: Path, limit: str, stat: str | None = None) -> None:
+    (folder / "memory.max").write_text(limit + "\n")
+    (folder / "memory.current").write_text("300000000\n")
+    if stat is not None:
+        (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize(
+    ("stat", "megabytes"),
+    [(None, 300), ("anon 1\ninactive_file 100000000\nactive_file 7\n", 200), ("inactive_file 900000000\n", 0)],
+    ids=["all of it", "without idle caches", "never less than nothing"],
+)
+def test_memory_in_a_container_is_the_containers(
+    stat: str | None, megabytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "CGROUP", tmp_path)
+    cgroup(tmp_path, "400000000", stat)
+    found = nodes.present_use()
+    assert found["system_memory_usage_megabytes"] == megabytes
+    assert found["system_memory_usage_percentage"] == megabytes / 4
+
+
+@pytest.mark.parametrize("limit", [None, "max", str(2**62), "nonsense"])
+def test_without_a_limit_memory_is_the_machines(
+    limit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "CGROUP", tmp_path)
+    if limit is not None:
+        cgroup(tmp_path, limit)
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    found = nodes.present_use()
+    assert found["system_memory_usage_megabytes"] == machine.used / 1e6
+    assert found["system_memory_usage_percentage"] == machine.percent
 
 
 def test_rates_are_per_second(monkeypatch: pytest.MonkeyPatch) -> None:

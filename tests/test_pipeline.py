@@ -30,7 +30,7 @@ from tdiff.data.sources import Source, Split
 from tdiff.errors import ConfigError, DataError
 from tdiff.hardware import computes_in_bf16
 from tdiff.mirroring import numbers_in, tracking_uri
-from tdiff.opening import bf16_for, digest_of, only_driver, open_data, opened
+from tdiff.opening import _commit, bf16_for, digest_of, only_driver, open_data, opened
 from tdiff.packing import pack
 from tdiff.pipeline import NextPhase, kind_of, next_tree_phase, train, workers_for
 from tdiff.runs import Run
@@ -611,6 +611,50 @@ def test_mlflow_needs_a_place(tmp_path: Path):
     uri, artifacts = tracking_uri(here(tmp_path))
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert artifacts == f"file://{tmp_path}/runs/mlartifacts"
+
+
+def test_weights_that_the_report_needs_are_looked_for_before_anything_trains(tmp_path: Path):
+    weights = tmp_path / "weights.pth"
+    settings = ("evaluation.features=[inception]", f"evaluation.inception={weights}")
+    assert f"evaluation.inception={weights} cannot be read" in refused(here(tmp_path, *settings))
+    weights.write_bytes(b"no weights")
+    assert f"evaluation.inception={weights} cannot be used" in refused(here(tmp_path, *settings))
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_record_is_no_run_yet(tmp_path: Path):
+    run = Run(str(tmp_path / "runs" / "mine"))
+    Path(run.url).mkdir(parents=True)
+    Path(run.at(f"config.yaml.{'0a' * 16}.partial")).write_text("seed: 0")
+    assert open_run(here(tmp_path, "name=mine")).record()["id"].startswith("mine-")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    names = ["-c", "user.name=test", "-c", "user.email=test"]
+    done = subprocess.run(["git", "-C", folder, *names, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the repository that has the code, not of one around it; else what the image or the job says."""
+    monkeypatch.setenv("TDIFF_COMMIT", "")
+    package = tmp_path / ".venv" / "tdiff"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "opening.py"):
+        (package / name).touch()
+    monkeypatch.setattr("tdiff.opening.__file__", str(package / "opening.py"))
+    assert _commit() is None, "no repository, and empty is nothing"
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "file").touch()
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "--quiet", "--message=theirs")
+    assert _commit() is None, "somebody else's repository"
+    monkeypatch.setenv("TDIFF_COMMIT", "0123abc+")
+    assert _commit() == "0123abc+"
+    git(tmp_path, "add", "--force", ".venv")
+    git(tmp_path, "commit", "--quiet", "--message=ours")
+    assert _commit() == git(tmp_path, "rev-parse", "HEAD")
+    (package / "opening.py").write_text("changed")
+    assert _commit() == git(tmp_path, "rev-parse", "HEAD") + "+"
 
 
 def test_a_second_driver_is_refused(tmp_path: Path):

@@ -143,6 +143,28 @@ def test_planted_secrets_are_nowhere(
         ('tracking="http://somebody:pa55word@host', "cannot be read as a value"),
         ("http://somebody:pa55word@host", "neither a CONFIG file nor a setting"),
         ("data.shard_samples=http://somebody:pa55word@host", "data.shard_samples holds a password"),
+        ("tracking=https://pa55word@host", "tracking holds a password"),
+        ("tracking=http://pa5@5word@host:5000/path", "tracking holds a password"),
+        ("tracking=http://some@body:pa55word@host", "tracking holds a password"),
+        ("tracking=postgresql://some@body:pa55word@host/db", "tracking holds a password"),
+        ("tracking=https://pa55word:@host", "tracking holds a password"),
+        ("tracking=http://somebody:pa/55word@host", "tracking holds a password"),
+        ("tracking=postgresql://somebody:123/pa55word@host/db", "tracking holds a password"),
+        *(
+            (f"data.url=https://bucket.host/folder?a=1&{option}=pa55word&b=2", "data.url holds a password")
+            for option in (
+                "X-Amz-Signature",
+                "X-Amz-Credential",
+                "X-Amz-Security-Token",
+                "sig",
+                "pwd",
+                "passwd",
+                "api_key",
+                "apikey",
+                "Signature",
+                "access_key",
+            )
+        ),
     ],
 )
 def test_a_password_in_a_url_is_refused_and_not_repeated(setting: str, told: str) -> None:
@@ -162,12 +184,39 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(setting: str, told: str
         "postgresql://somebody@host:5432/db",
         "sqlite:////tmp/a@b.db",
         "s3://bucket/a:b",
+        "s3://bucket/key",
+        "sqlite:///runs/mlflow.db",
+        "http://host:5000/a@b?x=1",
+        "https://host/a@b:c@d",
+        "http://[::1]:5000/a@b",
+        "http://host:5000?owner=a@b",
+        "http://host/path?design=1&signal=2&key=3",
+        "databricks://profile",
         "/a:b@c",
     ],
 )
 def test_what_holds_no_password_is_taken(uri: str) -> None:
     assert without_passwords(uri) == uri
     assert configs.load(None, [f"tracking={uri}"]).tracking == uri
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://pa55word@host/a and http://b@c", "https://…@host/a and http://…@c"),
+        ("https://pa55word:@host", "https://…@host"),
+        ("git+https://pa55word@host:5000/a@b", "git+https://…@host:5000/a@b"),
+        ("http://a:pa5@5word@host:5000/", "http://a:…@host:5000/"),
+        ("http://a@b:pa5@5word@host:5000/", "http://a@b:…@host:5000/"),
+        (
+            "s3://b/k?X-Amz-Credential=AK/1/s3&X-Amz-Date=2&X-Amz-Signature=0f",
+            "s3://b/k?X-Amz-Credential=…&X-Amz-Date=2&X-Amz-Signature=…",
+        ),
+        ("https://h/c?sv=1&sig=a%2Fb is gone", "https://h/c?sv=1&sig=… is gone"),
+    ],
+)
+def test_what_stays_of_a_url(text: str, told: str) -> None:
+    assert without_passwords(text) == told
 
 
 def test_what_mlflow_says_is_repeated_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
