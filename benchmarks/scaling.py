@@ -3,17 +3,16 @@
     .venv/bin/python benchmarks/scaling.py --home FOLDER [--repeats 3] [--threads 1] [CONFIG] [a.b=c …]
 
 Every worker has the same work at every width: one slot of the config's batch divided by its slots. Each round trains
+the root phase of the tree, and the U-Net, as
 
-    alone     one worker,
-    together  two runs of one worker each at once, which share the machine and nothing else,
-    pair      one run of two workers,
+    worker, pair        runs of one and of two workers: through the command line, each on a Ray cluster of its own,
+    process, processes  the same steps in one plain process, and in two at once that know nothing of each other,
 
-for the root phase of the tree and for the U-Net (through the command line, each on a Ray cluster of its own), and takes
-images per second of the steps, from the first to the last, without the time of checkpoints. Then, of medians:
+and takes images per second of the steps, from the first to the last, without the time of checkpoints. Of medians:
 
-    efficiency      pair / (2 alone)
-    contention      1 - together / (2 alone): caches and memory that two processes share; no software changes it
-    coordination    together / (2 alone) - efficiency: gradients, statistics, waiting for each other
+    efficiency      pair / (2 worker)
+    contention      1 - processes / (2 process): caches and memory that two share; no software changes it
+    coordination    the rest of what is lost: gradients, statistics, waiting for each other, Ray's own processes
     all_reduce      the part of a pair's step that gloo takes to add up as many float32 numbers as there are gradients
 
 Prints a table and ends with one JSON line.
@@ -39,6 +38,9 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from tdiff import config
+from tdiff.runs import Run
+from tdiff.work.diffusing import DiffusionPhase, diffuse
+from tdiff.work.growing import GrowingPhase, grow
 
 PHASES = {"tree": "tree/00-root", "diffusion": "diffusion"}
 
@@ -51,7 +53,8 @@ class Bench:
         self.home.mkdir(parents=True, exist_ok=True)
         path = arguments.config
         config_file = [str(Path(path).absolute())] if path else []
-        self.base = [*config_file, *arguments.settings, "tree.max_leaves=2"]
+        self.file, self.given = path, [*arguments.settings, "tree.max_leaves=2"]
+        self.base = [*config_file, *self.given]
         chosen = config.load(path, arguments.settings)
         self.share = {
             "tree": chosen.tree.batch // chosen.tree.slots,
@@ -77,18 +80,48 @@ class Bench:
             sys.exit((self.home / f"{name}.log").read_text()[-3000:])
         return self.home / "runs" / name
 
-    def rates(self, stage: str, workers: int, runs: int) -> list[float]:
-        """Images per second of `runs` runs at once."""
-        settings = [f"{stage}.batch={workers * self.share[stage]}", f"{stage}.slots={workers}"]
-        if stage == "diffusion":
-            settings.append(f"tree.run={self.home}/runs/tree")
-        until = "00-root" if stage == "tree" else "diffusion"
-        names = [f"{stage}-{workers}-{k}" for k in range(runs)]
-        started = [self.start(name, workers, until, settings) for name in names]
-        return [
-            images_per_second(self.end(name, running) / PHASES[stage])
-            for name, running in zip(names, started, strict=True)
-        ]
+    def settings(self, stage: str, workers: int) -> list[str]:
+        return [f"{stage}.batch={workers * self.share[stage]}", f"{stage}.slots={workers}"]
+
+    def of_workers(self, stage: str, workers: int) -> float:
+        """Images per second of a run."""
+        taken = [f"tree.run={self.home}/runs/tree"] if stage == "diffusion" else []
+        until, name = "00-root" if stage == "tree" else "diffusion", f"{stage}-{workers}"
+        running = self.start(name, workers, until, [*self.settings(stage, workers), *taken])
+        return images_per_second(self.end(name, running) / PHASES[stage])
+
+    def of_processes(self, stage: str, count: int) -> float:
+        """Images per second of so many processes together, each with one worker's work."""
+        record = json.loads((self.home / "runs" / "tree" / "run.json").read_text())
+        chosen = config.load(self.file, [*self.given, *self.settings(stage, 1)])
+        tree_url = Run(str(self.home / "runs" / "tree")).grown_tree
+        with tempfile.TemporaryDirectory(dir=self.home) as folder:
+            urls = [f"{folder}/{k}" for k in range(count)]
+            phases: list[Any] = [
+                GrowingPhase("00-root", "root", url, None, None, record["data_url"], chosen)
+                if stage == "tree"
+                else DiffusionPhase(url, tree_url, record["data_url"], chosen, record["bf16"])
+                for url in urls
+            ]
+            mp.spawn(_steps, (phases, int(self.threads)), nprocs=count)
+            return sum(images_per_second(Path(url)) for url in urls)
+
+
+class Alone:
+    """The one worker of a process."""
+
+    rank, world = 0, 1
+
+    def told_to_stop(self) -> bool:
+        return False
+
+    def expects(self, seconds: float) -> None: ...
+
+
+def _steps(rank: int, phases: list[Any], threads: int) -> None:
+    torch.set_num_threads(threads)
+    phase = phases[rank]
+    (grow if isinstance(phase, GrowingPhase) else diffuse)(phase, Alone())
 
 
 def images_per_second(phase: Path) -> float:
@@ -127,24 +160,26 @@ def seconds_of_all_reduce(numbers: int) -> float:
 
 
 def of_stage(bench: Bench, stage: str, repeats: int) -> dict[str, Any]:
-    found: dict[str, list[float]] = {"alone": [], "together": [], "pair": []}
+    found: dict[str, list[float]] = {"worker": [], "pair": [], "process": [], "processes": []}
     for k in range(repeats):
-        found["alone"] += bench.rates(stage, 1, 1)
-        found["together"].append(sum(bench.rates(stage, 1, 2)))
-        found["pair"] += bench.rates(stage, 2, 1)
+        found["worker"].append(bench.of_workers(stage, 1))
+        found["pair"].append(bench.of_workers(stage, 2))
+        found["process"].append(bench.of_processes(stage, 1))
+        found["processes"].append(bench.of_processes(stage, 2))
         print(f"{stage} {k + 1} of {repeats}:", {name: round(rates[-1]) for name, rates in found.items()}, flush=True)
-    alone, together, pair = (statistics.median(rates) for rates in found.values())
+    worker, pair, process, processes = (statistics.median(rates) for rates in found.values())
     weights = {"tree": "model.safetensors", "diffusion": "ema.safetensors"}[stage]
-    numbers = parameters(bench.home / "runs" / f"{stage}-2-0" / PHASES[stage] / weights)
+    numbers = parameters(bench.home / "runs" / f"{stage}-2" / PHASES[stage] / weights)
     step = 2 * bench.share[stage] / pair
+    efficiency, contention = pair / (2 * worker), 1 - processes / (2 * process)
     return {
         "images_of_a_worker": bench.share[stage],
         "million_parameters": round(numbers / 1e6, 2),
         "images_per_second": {name: round(statistics.median(rates), 1) for name, rates in found.items()},
         "milliseconds_a_step": round(1000 * step, 1),
-        "efficiency": round(pair / (2 * alone), 3),
-        "contention": round(1 - together / (2 * alone), 3),
-        "coordination": round((together - pair) / (2 * alone), 3),
+        "efficiency": round(efficiency, 3),
+        "contention": round(contention, 3),
+        "coordination": round(1 - efficiency - contention, 3),
         "all_reduce": round(seconds_of_all_reduce(numbers) / step, 3),
     }
 
