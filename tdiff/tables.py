@@ -16,9 +16,7 @@ ACC, NMI, ARI, purities and accuracies in percent, entropies in nats."""
 def main() -> None:
     parser = cli.parser("tables", ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders with an evaluation.json, local or s3://")
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder for tables.md, tables.csv and, on one tree, samples.png"
-    )
+    parser.add_argument("--out", metavar="DIR", help="folder for tables.md, tables.csv and, on one tree, samples.png")
     parser.add_argument(
         "--tracking",
         metavar="URI",

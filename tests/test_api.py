@@ -251,6 +251,7 @@ def test_one_image_through_all_leaves(run: LoadedRun, images: np.ndarray):
         ({"all_leaves": True, "leaf": 1}, "leaf=1 has no effect"),
         ({"model": "treevae", "steps": 5}, "steps=5 has no effect with model=treevae"),
         ({"model": "treevae", "guidance": 1.0}, "guidance=1.0 has no effect with model=treevae"),
+        ({"guidance": 1.0, "guidance_interval": [3.0, 1.0]}, "two rising noise levels"),
         ({"guidance_interval": [0.1, 1.0]}, "guidance_interval has no effect with guidance=0"),
     ],
 )
