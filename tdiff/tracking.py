@@ -68,7 +68,8 @@ The step is the optimizer's step.
 | `images` | images seen since the phase began |
 | `alpha` | weight of the KL terms, 0 to 1 |
 | `share/NODE`, `train_share/NODE` | share of the held-out or training images that reach a node |
-| `wall_seconds`, `overhead_seconds` | seconds of the phase's last start; of it what was not steps |
+| `workers` | how many trained it in its last start |
+| `wall_seconds`, `overhead_seconds` | seconds of that start; of it what was not steps |
 """
 
 
