@@ -402,7 +402,7 @@ def _sigterm_waits() -> Iterator[None]:
 def _reason(failure: BaseException) -> str:
     """Why a process is gone, without Ray's page of advice."""
     text = " ".join(str(failure).split())
-    found = re.search(r"Worker exit detail: (.*?)(?= There are some potential|$)", text)
+    found = re.search(r"Worker exit detail: (.*?)(?= There are some potential| Some common causes|$)", text)
     node = re.search(r"hostname='([^']+)'", text)
     told = found[1] if found else text.partition(" Worker info: ")[0]
     return told[:300] + (f" It was on node {node[1]}." if node else "")
@@ -545,6 +545,9 @@ def fit(
                     return
                 except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
                     failure = error.with_traceback(None)  # whose frames would keep a controller alive
+                except KeyboardInterrupt:
+                    _give_up_room(before)  # which ends the workers, though this process may live on
+                    raise
             _give_up_room(before)
             causes = [getattr(f, "_base_exc", f) for f in getattr(failure, "worker_failures", {}).values()]
             cause = next((c for c in causes if isinstance(c, Problem | ValueError | ArithmeticError)), None)

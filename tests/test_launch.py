@@ -153,7 +153,7 @@ def take_steps(job: Steps, worker: TrainWorker) -> None:
     newest = checkpoints.newest()
     Path(job.url, f"started-{time.time_ns()}-{worker.rank}-of-{worker.world}").write_text(str(os.getpid()))
     for step in range(newest.step if newest else 0, job.count):
-        worker.expects(3.0)
+        worker.expects(3.0 if job.mishap == "hangs" else 60.0)
         if job.mishap == "dies" and worker.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         if job.mishap == "prepares":
@@ -200,6 +200,14 @@ def starts(folder: Path) -> list[str]:
     return sorted(file.name.split("-", 2)[2] for file in folder.glob("started-*"))
 
 
+def assert_room_is_free() -> None:
+    """Soon all CPUs are: nothing of a training lives on in the cluster."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
+
+
 def in_background(action: Callable[[], None], when: Callable[[], bool]) -> threading.Thread:
     def wait() -> None:
         while not when():
@@ -224,6 +232,7 @@ def test_a_worker_that_dies_as_it_is_given_its_function_leaves_its_room(fit: Fit
     assert "going on from step 0, try 1 of 3" in said
     assert starts(tmp_path)[-2:] == ["0-of-2", "1-of-2"]
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    assert_room_is_free()
 
 
 @pytest.mark.slow
@@ -266,6 +275,7 @@ def test_control_c_ends_it_at_once(fit: Fit, tmp_path: Path) -> None:
     in_background(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: bool(list(tmp_path.glob("000000002-*"))))
     with pytest.raises(KeyboardInterrupt):
         fit(count=1000)
+    assert_room_is_free()
 
 
 @pytest.mark.slow
@@ -288,6 +298,7 @@ def test_sigterm_does_not_wait_for_workers_that_have_no_step_to_lose(fit: Fit, t
     with pytest.raises(Stopped, match="the same command goes on"):
         fit(mishap="prepares")
     assert time.monotonic() - told[0] < 10
+    assert_room_is_free()
 
 
 @pytest.mark.slow
