@@ -21,6 +21,10 @@ def _plain(value: object) -> str:
     return "_".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+NO_SETTINGS = ("run", "workers", "out", "fid", "reference")
+"""Options on which the images do not depend."""
+
+
 def main() -> None:
     parser = cli.parser("generate", "Draws samples of a trained run. Started again, it draws only what is missing.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
@@ -49,10 +53,13 @@ def main() -> None:
         const=True,
         help="compare with real images while drawing, in the features of this network (default: the run's first)",
     )
+    parser.add_argument(
+        "--reference", choices=("train", "test"), help="with --fid: these real images (default: evaluation.reference)"
+    )
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
     arguments = parser.parse_args()
     run = existing(arguments.run)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "workers", "out", "fid")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in NO_SETTINGS}
     given = {key: value for key, value in settings.items() if value is not None}
     name = arguments.out or "-".join(f"{k}={_plain(v)}" for k, v in given.items())
     if not FOLDER_NAME.fullmatch(name):
@@ -63,6 +70,10 @@ def main() -> None:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
     workers = launch.default_workers(arguments.workers)
     job = sample_job(run, name, **settings)
+    if arguments.reference is not None and (not arguments.fid or job.mode != "sample"):
+        raise ConfigError(
+            f"--reference={arguments.reference} has an effect only with --fid and --mode sample: leave it out."
+        )
     if arguments.fid and (job.images_per_draw > 1 or job.leaf is not None or job.node is not None):
         raise ConfigError(
             "--fid compares what the whole model draws: leave --leaf and --node out, and take --mode sample or "
@@ -70,7 +81,7 @@ def main() -> None:
         )
     missing = results.unfinished({name: job})
     there = sum(file.endswith(".tar") for file in storage.listing(job.url)) if missing else 0
-    numbers, kind, started = None, None, time.monotonic()
+    numbers, started = None, time.monotonic()
 
     def progress(done: int, total: int) -> None:
         """Of a job gone on with, the shards that were there come first, and took no time."""
@@ -88,17 +99,18 @@ def main() -> None:
                 kind = run.config().evaluation.features[0] if arguments.fid is True else arguments.fid
                 extractor = results.judge(run, kind, at_once)
                 started = time.monotonic()  # what is drawn is what takes so long, not the training of a judge
-                numbers = results.draw_and_compare(run, name, job, extractor, at_once, progress)
+                numbers = results.draw_and_compare(run, name, job, extractor, at_once, progress, arguments.reference)
             else:
                 results.draw({name: job}, at_once, progress)
         finally:
             launch.disconnect()
     count = job.num * job.images_per_draw
     console.print(f"{count} images in {job.url}  (grid.png; {time.monotonic() - started:.1f} s)")
-    if numbers is not None and kind is not None:
+    if numbers is not None:
         console.print_json(data=numbers)
-        kept = f"samples/{name}/{results.quality_file(kind)}"
-        cli.show_warning(add_result(run, {"generated": {name: numbers}}, {kept: storage.read_bytes(run.at(kept))}))
+        kept = f"samples/{name}/{results.quality_file(numbers)}"
+        told = {"generated": {name: {numbers["reference"]["split"]: numbers}}}
+        cli.show_warning(add_result(run, told, {kept: storage.read_bytes(run.at(kept))}))
 
 
 if __name__ == "__main__":

@@ -298,12 +298,13 @@ def nearest(run: Run, job: SampleJob, workers: int) -> Numbers:
     return found
 
 
-def reference_of(run: Run) -> tuple[str, int]:
-    """The split that samples are held against, and how many of its images: the split asked for, or the training images
-    where there is no other.
+def reference_of(run: Run, asked: str | None = None) -> tuple[str, int]:
+    """The split that samples are held against, and how many of its images: the split asked for, else the run's, or the
+    training images where there is no other.
     """
     section, manifest = run.config().evaluation, run.manifest()
-    split = section.reference if section.reference in manifest.splits else "train"
+    wanted = asked or section.reference
+    split = wanted if wanted in manifest.splits else "train"
     there = manifest.samples(split)
     return split, min(there, section.reference_images or there)
 
@@ -317,12 +318,14 @@ def _other(run: Run, split: str, count: int) -> tuple[str, int] | None:
     return None
 
 
-def compare(run: Run, extractor: Extractor, job: SampleJob, seen: Seen, workers: int) -> Numbers:
+def compare(
+    run: Run, extractor: Extractor, job: SampleJob, seen: Seen, workers: int, reference: str | None = None
+) -> Numbers:
     """What was seen in one job's samples against real images, as `measure` would do it: reconstructions against the
-    held-out images, draws against the reference.
+    held-out images, draws against the reference, a split or else the run's.
     """
     end = "rec" if job.mode.startswith("reconstruct") else "gen"
-    split, count = ("test", None) if end == "rec" else reference_of(run)
-    reference = real(run, extractor, split, count, workers)
-    numbers = distances(run.config(), extractor, [seen], reference, end)
-    return {"images": seen.moments.n, "reference": {"split": split, "images": reference.moments.n}, **numbers}
+    split, count = ("test", None) if end == "rec" else reference_of(run, reference)
+    there = real(run, extractor, split, count, workers)
+    numbers = distances(run.config(), extractor, [seen], there, end)
+    return {"images": seen.moments.n, "reference": {"split": split, "images": there.moments.n}, **numbers}

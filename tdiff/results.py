@@ -147,15 +147,23 @@ def judge(run: Run, kind: Kind, workers: int) -> Extractor:
     return extractor
 
 
-def quality_file(kind: Kind) -> str:
-    """Name of what `draw_and_compare` writes into a job's folder."""
-    return f"quality-{kind}.json"
+def quality_file(found: Settings) -> str:
+    """Name in a job's folder of what `draw_and_compare` found: one for each network and split."""
+    return f"quality-{found['extractor']['kind']}-{found['reference']['split']}.json"
 
 
 def draw_and_compare(
-    run: Run, name: str, job: SampleJob, extractor: Extractor, workers: int, progress: Progress | None = None
+    run: Run,
+    name: str,
+    job: SampleJob,
+    extractor: Extractor,
+    workers: int,
+    progress: Progress | None = None,
+    reference: str | None = None,
 ) -> Settings:
     """Draws a job, unless that is done, and compares its images with real ones as `evaluate` does.
+
+    reference: the split of real images that draws are held against; None: the run's.
 
     The same actors that draw look at what they drew. Writes `quality_file` into the job's folder and returns it.
     """
@@ -166,8 +174,9 @@ def draw_and_compare(
         seen = looking.folds[name].seen()
     else:
         (seen,) = quality.look([quality.sample_tasks(extractor, job, "png", keep)], workers)
-    found = {"extractor": judging.extractor_facts(extractor), **quality.compare(run, extractor, job, seen, workers)}
-    storage.write_text(storage.join(job.url, quality_file(extractor.kind)), json.dumps(found, indent=1) + "\n")
+    facts = {"kind": extractor.kind, **judging.extractor_facts(extractor)}
+    found = {"extractor": facts, **quality.compare(run, extractor, job, seen, workers, reference)}
+    storage.write_text(storage.join(job.url, quality_file(found)), json.dumps(found, indent=1) + "\n")
     return found
 
 

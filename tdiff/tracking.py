@@ -51,7 +51,7 @@ ABOUT_RUN = """\
 | `samples.…frechet…` | squared distance in the features of the network in its name, less is better |
 | `samples.…precision…`, `samples.…recall…`, `…confidence…` | shares from 0 to 1, more is better |
 | `samples.…entropy…` | nats, less is better |
-| `generated.NAME.…` | the same for what `tdiff.generate --fid` drew into samples/NAME |
+| `generated.NAME.SPLIT.…` | the same for what `tdiff.generate --fid` drew into samples/NAME, against that split |
 | `…_error` | standard error of the metric without this ending |
 | `seconds.…` | seconds of wall time |
 | `system/NODE/…` | as their names say, of a whole machine; the step is the seconds since the run began |

@@ -127,14 +127,20 @@ def test_what_is_compared_while_drawing_is_what_evaluation_finds(straight: Path)
     found = json.loads((Path(run.url) / "evaluation.json").read_text())["samples"]
     drawn = command("generate", run.url, "--num", "100", "--fid", "--workers", "1", "--out", "again", cwd=straight)
     assert drawn.returncode == 0, drawn.stderr
-    told = json.loads((Path(run.url) / "samples" / "again" / "quality-classifier.json").read_text())
+    told = json.loads((Path(run.url) / "samples" / "again" / "quality-classifier-train.json").read_text())
     assert told["images"] == 100
     assert told["extractor"]["digest"] == found["classifier"]["digest"]
     for name in ("classifier_frechet_gen", "classifier_frechet_gen_error", "classifier_precision_gen"):
         assert told[name] == found["treediffusion"][name]
     once_more = command("generate", run.url, "--num", "100", "--fid", "--out", "again", cwd=straight)
     assert once_more.returncode == 0, once_more.stderr
-    assert json.loads((Path(run.url) / "samples" / "again" / "quality-classifier.json").read_text()) == told
+    against = ("--fid", "--reference", "test")
+    other = command("generate", run.url, "--num", "100", *against, "--out", "again", cwd=straight)
+    assert other.returncode == 0, other.stderr
+    of_test = json.loads((Path(run.url) / "samples" / "again" / "quality-classifier-test.json").read_text())
+    assert of_test["reference"] == {"split": "test", "images": 297}
+    assert of_test["classifier_frechet_gen"] != told["classifier_frechet_gen"]
+    assert json.loads((Path(run.url) / "samples" / "again" / "quality-classifier-train.json").read_text()) == told
 
 
 def test_samples_are_shards_with_their_place_in_the_tree(straight: Path) -> None:
@@ -288,7 +294,7 @@ def test_what_is_computed_later_comes_to_mlflow_too(straight: Path, tmp_path: Pa
     done = command("generate", run.url, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (samples,) = [name for name in storage.listing(run.at("samples")) if "seed=7" in name]
-    found = json.loads(Path(run.at("samples", samples, "quality-classifier.json")).read_text())
+    found = json.loads(Path(run.at("samples", samples, "quality-classifier-train.json")).read_text())
     written = Path(run.at("evaluation.json"))
     numbers = json.loads(written.read_text())
     written.write_text("{}")
@@ -300,7 +306,7 @@ def test_what_is_computed_later_comes_to_mlflow_too(straight: Path, tmp_path: Pa
     assert experiment is not None
     (parent,) = client.search_runs([experiment.experiment_id], "tags.`tdiff.phase` = 'all'")
     assert parent.info.status == "FINISHED"
-    mine = f"generated.{samples.replace('=', ':')}."
+    mine = f"generated.{samples.replace('=', ':')}.train."
     logged = {key.removeprefix(mine): value for key, value in parent.data.metrics.items() if key.startswith(mine)}
     assert logged == dict(numbers_in(found))
     assert len(logged) > 5
@@ -375,6 +381,7 @@ def test_bad_input_about_a_run_that_is_there(straight: Path) -> None:
         ("generate", [run.url, "--mode", "reconstruct", "--num", "298"], "297 test images"),
         ("generate", [run.url, "--model", "treevae", "--steps", "5"], "steps=5 has no effect with model=treevae"),
         ("generate", [run.url, "--fid", "--leaf", "0"], "--fid compares what the whole model draws"),
+        ("generate", [run.url, "--reference", "test"], "--reference=test has an effect only with --fid"),
         ("generate", [run.url, "--fid", "--mode", "sample-all-leaves"], "--fid compares what the whole model draws"),
     ]
     assert_refused(cases, straight)
