@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,6 +25,9 @@ from tdiff import storage
 log = logging.getLogger(__name__)
 
 FILE = ".lease"
+
+SIGN = re.compile(rb"held by .+ sign \d+\n")
+"""A sign of life."""
 
 RENEWAL = 5.0
 """Seconds between two signs of life."""
@@ -42,7 +46,7 @@ class Lease:
 
     def __init__(self, url: str):
         self._file = storage.join(url, FILE)
-        self._holder = f"{socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}".encode()
+        self._holder = f"held by {socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}".encode()
         self._signs = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -99,10 +103,11 @@ class Lease:
     def _renew(self) -> None:
         while not self._over.wait(RENEWAL):
             try:
-                if not self._ours(self._found()):
+                found = self._found()
+                if found is not None and SIGN.fullmatch(found) and not self._ours(found):
                     log.warning("%s was taken over by another process, so this one stops", self._file)
                     os.kill(os.getpid(), signal.SIGTERM)
-                else:
+                else:  # ours, or what a store that was killed in the midst of a write has left of it
                     self._sign()
             except OSError as error:  # storage has waited already: the next sign may come through
                 log.warning("%s cannot be renewed now: %s", self._file, error)

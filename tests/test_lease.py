@@ -43,6 +43,9 @@ def holder(s3: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+ANOTHERS = b"held by another process 1 0a sign 1\n"
+
+
 class Held(Exception):
     pass
 
@@ -126,11 +129,25 @@ def test_who_loses_it_stops_and_leaves_it_to_the_other(s3: str) -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
         with leased(s3, refuse):
-            storage.write_bytes(file(s3), b"another")
+            storage.write_bytes(file(s3), ANOTHERS)
             deadline = time.monotonic() + 10
             while not told and time.monotonic() < deadline:
                 time.sleep(0.05)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert told == [signal.SIGTERM]
-    assert storage.read_bytes(file(s3)) == b"another"
+    assert storage.read_bytes(file(s3)) == ANOTHERS
+
+
+@pytest.mark.parametrize("content", [None, b"", ANOTHERS[:20]])
+def test_a_store_that_loses_a_sign_takes_nothing_from_its_holder(s3: str, content: bytes | None) -> None:
+    with leased(s3, refuse):
+        if content is None:
+            storage.remove(file(s3))
+        else:
+            storage.write_bytes(file(s3), content)
+        deadline = time.monotonic() + 10
+        while not (storage.exists(file(s3)) and lease.SIGN.fullmatch(storage.read_bytes(file(s3)))):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not storage.exists(file(s3))
