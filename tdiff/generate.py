@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
 from tdiff import cli, launch, results, storage
@@ -10,10 +11,10 @@ from tdiff.config import FOLDER_NAME
 from tdiff.diffusion.samplers import GRIDS, SAMPLERS, STARTS
 from tdiff.errors import ConfigError
 from tdiff.mirroring import add_result
-from tdiff.runs import existing
+from tdiff.runs import Run, existing
 from tdiff.work.jobs import sample_job
 from tdiff.work.judging import KINDS
-from tdiff.work.sampling import MODELS, MODES
+from tdiff.work.sampling import MODELS, MODES, SampleJob
 
 
 def _plain(value: object) -> str:
@@ -25,7 +26,7 @@ NO_SETTINGS = ("run", "workers", "out", "fid", "reference")
 """Options on which the images do not depend."""
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("generate", "Draws samples of a trained run. Started again, it draws only what is missing.")
     parser.add_argument("run", metavar="RUN", help="run folder, local or s3://")
     parser.add_argument("--mode", default="sample", help=f"one of: {', '.join(MODES)} (default: sample)")
@@ -57,8 +58,11 @@ def main() -> None:
         "--reference", choices=("train", "test"), help="with --fid: these real images (default: evaluation.reference)"
     )
     parser.add_argument("--out", default=None, help="name below RUN/samples (default: from the options)")
-    arguments = parser.parse_args()
-    run = existing(arguments.run)
+    return parser
+
+
+def _asked_for(arguments: argparse.Namespace, run: Run) -> tuple[str, SampleJob]:
+    """The folder's name and what is to be drawn into it. Raises ConfigError."""
     settings = {key: value for key, value in vars(arguments).items() if key not in NO_SETTINGS}
     given = {key: value for key, value in settings.items() if value is not None}
     name = arguments.out or "-".join(f"{k}={_plain(v)}" for k, v in given.items())
@@ -68,7 +72,6 @@ def main() -> None:
         raise ConfigError(f"--out={name} is where the run's own samples lie: take another name.")
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers} cannot be used: take 1 or more.")
-    workers = launch.default_workers(arguments.workers)
     job = sample_job(run, name, **settings)
     if arguments.reference is not None and (not arguments.fid or job.mode != "sample"):
         raise ConfigError(
@@ -79,6 +82,14 @@ def main() -> None:
             "--fid compares what the whole model draws: leave --leaf and --node out, and take --mode sample or "
             "reconstruct."
         )
+    return name, job
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    run = existing(arguments.run)
+    name, job = _asked_for(arguments, run)
+    workers = launch.default_workers(arguments.workers)
     missing = results.unfinished({name: job})
     there = sum(file.endswith(".tar") for file in storage.listing(job.url)) if missing else 0
     numbers, started = None, time.monotonic()
